@@ -1,0 +1,104 @@
+"""A DeepSeek-V4 with every part, small enough to train on two CPU cores."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """Return the run config: 7 layers on Python's standard library, minutes on two cores."""
+    return ConfigDict({
+        "model": _model(),
+        "runtime": {
+            "dtype": "float32",
+            "remat": False,
+            "csa": "dense",  # the indexer is untrained, so CSA sees all of its entries
+            "moe": "auto",
+            "scan_unroll": 1,
+        },
+        "data": {
+            "source": "stdlib",
+            "text_field": "text",
+            "tokenizer": placeholder(str),  # None: trained on the source
+            "seq_len": 512,
+            "batch_size": 8,
+            "seed": 0,
+            "held_out_fraction": 0.03,
+            "held_out_bytes": 262_144,
+        },
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 3e-3,
+            "end_learning_rate": 3e-4,
+            "warmup_steps": 20,
+            "decay_fraction": 0.3,
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-20,
+            "muon_momentum": 0.95,
+            "muon_rms": 0.18,
+            "muon_dtype": "float32",
+            "clip_norm": 1.0,
+            "train_indexer": False,
+        },
+        "train": {
+            "steps": 600,
+            "accumulation": 1,
+            "mtp_weight": 0.3,
+            "mtp_weight_in_decay": 0.1,
+            "balance_weight": 1e-4,
+            "bias_update_rate": 1e-3,
+            "eval_every": 100,
+            "checkpoint_every": 100,
+            "keep_checkpoints": 2,
+            "log_every": 1,
+            "seed": 0,
+            "sample_prompt": "def ",
+            "sample_tokens": 128,
+            "sample_temperature": 0.8,
+            "sample_top_p": 0.95,
+        },
+        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
+    }).lock()
+
+
+def _model() -> dict:
+    layer_types = ("window", "window", "csa") + ("hca", "csa") * 2
+    return {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "layer_types": layer_types,
+        "moe_types": ("hash",) * 3 + ("learned",) * (len(layer_types) - 3),
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "q_lora_rank": 64,
+        "o_groups": 2,
+        "o_lora_rank": 32,
+        "sliding_window": 64,
+        "csa_ratio": 4,
+        "hca_ratio": 32,
+        "index_n_heads": 16,
+        "index_head_dim": 32,
+        "index_topk": 32,
+        "rope_theta": 10_000.0,
+        "compress_rope_theta": 160_000.0,
+        "yarn_factor": 4.0,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_original_positions": 1024,
+        "max_position_embeddings": 4096,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 10.0,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
+        "num_nextn_predict_layers": 1,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "hc_gate_init": 0.01,
+        "hash_seed": 0,
+    }

@@ -1,0 +1,108 @@
+"""DeepSeek-V4-Pro (1.6T, 49B active): released dimensions, published pre-training recipe."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the run config of the first pre-training stage: dense attention at 4,096 tokens.
+
+    The mesh, the micro-batches and the data are the user's to set; "unpublished" marks values
+    that the report does not give.
+    Source: official config.json; report sections 4.2.1 and 4.2.2.
+    """
+    return ConfigDict({
+        "model": _model(),
+        "runtime": {
+            "dtype": "bfloat16",
+            "remat": True,
+            "csa": "dense",  # sparse only from 64K tokens on, after an indexer warm-up
+            "moe": "auto",
+            "scan_unroll": 1,
+        },
+        "data": {
+            "source": "data",  # a directory of text; the report's data is not public
+            "text_field": "text",
+            "tokenizer": "data/tokenizer.json",  # the released one, of 129,280 entries
+            "seq_len": 4096,
+            "batch_size": 23_040,  # 94.4M tokens; the ramp up to it is unpublished
+            "seed": 0,
+            "held_out_fraction": 0.001,  # unpublished
+            "held_out_bytes": 67_108_864,  # unpublished
+        },
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 2.0e-4,
+            "end_learning_rate": 2.0e-5,
+            "warmup_steps": 2000,
+            "decay_fraction": 0.1,  # unpublished: "near the end"
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-20,
+            "muon_momentum": 0.95,
+            "muon_rms": 0.18,
+            "muon_dtype": "bfloat16",
+            "clip_norm": 1.0,  # unpublished
+            "train_indexer": False,
+        },
+        "train": {
+            "steps": 350_000,  # 33T tokens in full batches
+            "accumulation": 1,
+            "mtp_weight": 0.3,
+            "mtp_weight_in_decay": 0.1,
+            "balance_weight": 1e-4,
+            "bias_update_rate": 1e-3,
+            "eval_every": 1000,
+            "checkpoint_every": 1000,
+            "keep_checkpoints": 2,
+            "log_every": 1,
+            "seed": 0,
+            "sample_prompt": "def ",
+            "sample_tokens": 128,
+            "sample_temperature": 0.8,
+            "sample_top_p": 0.95,
+        },
+        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
+    }).lock()
+
+
+def _model() -> dict:
+    layer_types = ("hca", "hca", "csa") + ("hca", "csa") * 29
+    return {
+        "vocab_size": 129_280,
+        "hidden_size": 7168,
+        "layer_types": layer_types,
+        "moe_types": ("hash",) * 3 + ("learned",) * (len(layer_types) - 3),
+        "num_attention_heads": 128,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1536,
+        "o_groups": 16,
+        "o_lora_rank": 1024,
+        "sliding_window": 128,
+        "csa_ratio": 4,
+        "hca_ratio": 128,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 1024,
+        "rope_theta": 10_000.0,
+        "compress_rope_theta": 160_000.0,
+        "yarn_factor": 16.0,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_original_positions": 65_536,
+        "max_position_embeddings": 1_048_576,
+        "n_routed_experts": 384,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 3072,
+        "routed_scaling_factor": 2.5,
+        "swiglu_limit": 10.0,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
+        "num_nextn_predict_layers": 1,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "hc_gate_init": 0.01,
+        "hash_seed": 0,
+    }

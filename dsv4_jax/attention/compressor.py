@@ -1,0 +1,86 @@
+"""Compress blocks of tokens into single entries by gated pooling."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.layers import rms_norm
+from dsv4_jax.params import param
+from dsv4_jax.rope import Rotation, rotate
+from dsv4_jax.shapes import Array, Entries, Float, Hidden
+
+
+def pool(values: Float[Array, "b c p k"], gates: Float[Array, "b c p k"]) -> Entries:
+    """Average the tokens of each block: sum_p softmax_p(gates) * values, per channel, float32."""
+    weights = jax.nn.softmax(gates.astype(jnp.float32), axis=2)
+    return jnp.sum(weights * values.astype(jnp.float32), axis=2)
+
+
+def take_blocks(x: Float[Array, "b t ..."], layout: EntryLayout, ratio: int) -> Array:
+    """Return the tokens of every entry's block, [b, c, ratio, ...]."""
+    b, t = x.shape[:2]
+    if layout.start is None:
+        whole = t - t % ratio
+        return x[:, :whole].reshape(b, whole // ratio, ratio, *x.shape[2:])
+    index = layout.start[..., None] + jnp.arange(ratio)
+    return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def overlap(
+    blocks: Float[Array, "b c p u k"], layout: EntryLayout, fill: float
+) -> Float[Array, "b c two_p k"]:
+    """Join series 0 of the preceding block of the document to series 1 of the own block.
+
+    Where no block precedes, `fill` stands instead.
+
+    Source: report 2.3.1, whose C^b is series 0 and C^a series 1.
+    """
+    before = blocks[:, :, :, 0]
+    before = jnp.pad(before, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=fill)[:, :-1]
+    if layout.has_previous is not None:
+        before = jnp.where(layout.has_previous[..., None, None], before, fill)
+    return jnp.concatenate([before, blocks[:, :, :, 1]], axis=2)
+
+
+class Compressor(nn.Module):
+    """One entry per block of `ratio` tokens: project, pool, normalise, rotate.
+
+    With `overlapping` (CSA, its indexer) an entry also covers the preceding block, through a
+    series of projections of its own; otherwise (HCA) blocks are disjoint.
+    """
+
+    config: ModelConfig
+    ratio: int
+    width: int
+    overlapping: bool
+
+    @nn.compact
+    def __call__(self, x: Hidden, layout: EntryLayout, at: Rotation) -> Entries:
+        """Return the entries in the dtype of x; `at` is the rotation at each block's start."""
+        d, series = x.shape[-1], (2,) * self.overlapping
+        axes, bias_axes = ("series | width -> entry", "slot series entry")
+        if not self.overlapping:
+            axes, bias_axes = axes.removeprefix("series | "), "slot entry"
+        w_kv = param(self, "w_kv", axes, (*series, d, self.width))
+        w_gate = param(self, "w_gate", axes, (*series, d, self.width))
+        bias = param(
+            self, "position_bias", bias_axes, (self.ratio, *series, self.width),
+            nn.initializers.zeros,
+        )
+        norm = param(self, "norm", "entry", (self.width,), nn.initializers.ones)
+
+        form = "btd,udk->btuk" if self.overlapping else "btd,dk->btk"
+        values, gates = (
+            jnp.einsum(form, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+            for w in (w_kv, w_gate)
+        )
+        values = take_blocks(values, layout, self.ratio)
+        gates = take_blocks(gates, layout, self.ratio) + bias
+        if self.overlapping:
+            values, gates = overlap(values, layout, 0.0), overlap(gates, layout, -jnp.inf)
+        entries = rms_norm(pool(values, gates), norm, eps=self.config.rms_norm_eps)
+        return rotate(entries.astype(x.dtype), at)

@@ -1,0 +1,89 @@
+"""Where documents, windows and compressed entries lie in a row of packed tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.shapes import Array, Bool, Int, Tokens
+
+
+class EntryLayout(NamedTuple):
+    """The compressed entries of one ratio.
+
+    Entries are numbered by the token that completes their block, so those a query sees form one
+    range: it starts with the first entry of the query's document and ends with the last block
+    complete at the query, the query's own token included. Slots past the last entry belong to
+    nobody's range.
+    """
+
+    start: Int[Array, "b c"] | None  # first token of the block; None: entry i starts at i * ratio
+    has_previous: Bool[Array, "b c"] | None  # a block of the same document comes before it
+    first: Int[Array, "b t"]  # first entry a query sees
+    end: Int[Array, "b t"]  # one past the last entry a query sees
+
+
+def document_offsets(segment_ids: Tokens) -> Tokens:
+    """Return each token's index within its document; documents are contiguous runs of one id."""
+    index = jnp.arange(segment_ids.shape[1])
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def entry_layout(
+    shape: tuple[int, int], ratio: int, segment_ids: Tokens | None, offsets: Tokens | None
+) -> EntryLayout:
+    """Lay out the compressed entries of a batch of rows of the given (b, t).
+
+    Every document is compressed on its own grid: block i of a document holds its tokens
+    [i * ratio, (i + 1) * ratio); a trailing partial block has no entry. The number of slots,
+    t // ratio, suffices for any division into documents.
+
+    Source: fact sheet 2.5 (visibility) and 13 C (packing).
+    """
+    b, t = shape
+    if segment_ids is None:
+        end = jnp.broadcast_to((jnp.arange(t) + 1) // ratio, (b, t))
+        return EntryLayout(None, None, jnp.zeros_like(end), end)
+    completes = ((offsets + 1) % ratio == 0) & (segment_ids > 0)
+    end = jnp.cumsum(completes, axis=1)
+    first = end - jnp.where(segment_ids > 0, (offsets + 1) // ratio, 0)
+    # The slot of the block that a token completes; other tokens write past the last slot.
+    slot = jnp.where(completes, end - 1, t // ratio)
+    empty = jnp.zeros((b, t // ratio), jnp.int32)
+    rows = jnp.arange(b)[:, None]
+    start = empty.at[rows, slot].set(jnp.arange(t) - ratio + 1, mode="drop")
+    previous = empty.at[rows, slot].set(offsets >= 2 * ratio - 1, mode="drop")
+    return EntryLayout(start, previous.astype(bool), first, end)
+
+
+def block_starts(x: Int[Array, "b t"], layout: EntryLayout, ratio: int) -> Int[Array, "b c"]:
+    """Return the value of x at the first token of each entry's block."""
+    if layout.start is None:
+        return x[:, : x.shape[1] // ratio * ratio : ratio]
+    return jnp.take_along_axis(x, layout.start, axis=1)
+
+
+def window_mask(
+    block: int, window: int, index: Int[Array, "b z"], segments: tuple[Array, Array] | None
+) -> Bool[Array, "b z q s"]:
+    """Return which of a block's and its predecessor's tokens each query of the block sees.
+
+    Args:
+      block: tokens per block; at least `window`, unless there is a single block.
+      index: number of each block in its row; block 0 has no predecessor.
+      segments: document ids of queries [b, z, q] and of key slots [b, z, s], or None.
+    Returns:
+      The mask over s = 2 * block key slots, predecessor first.
+    """
+    distance = block + jnp.arange(block)[:, None] - jnp.arange(2 * block)
+    near = (distance >= 0) & (distance < window)
+    exists = index[..., None] * block + jnp.arange(2 * block) >= block
+    mask = near & exists[..., None, :]
+    if segments is not None:
+        of_query, of_key = segments
+        mask = mask & (of_query[..., :, None] == of_key[..., None, :])
+    return mask

@@ -1,0 +1,56 @@
+"""One transformer layer: attention and MoE, each between reads and writes of the streams."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flax import linen as nn
+
+from dsv4_jax.attention import Attention, Places
+from dsv4_jax.config import ModelConfig, Runtime
+from dsv4_jax.layers import rms_norm
+from dsv4_jax.mhc import StreamMix, collapse, expand
+from dsv4_jax.moe import MoE
+from dsv4_jax.params import param
+from dsv4_jax.router import RouterStats
+from dsv4_jax.shapes import Array, Bool, Streams, Tokens
+
+
+class Batch(NamedTuple):
+    """What every layer knows of its batch beside the streams."""
+
+    tokens: Tokens
+    valid: Bool[Array, "b t"]  # not padding
+    places: dict[str, Places]  # by attention kind
+
+
+class Block(nn.Module):
+    """A layer: two sublayers wrapped by manifold-constrained hyper-connections.
+
+    Source: report 2.1 to 2.3; fact sheet 2.1.
+    """
+
+    config: ModelConfig
+    runtime: Runtime
+    attention_kind: str
+    moe_kind: str
+    layer: int
+
+    @nn.compact
+    def __call__(self, streams: Streams, batch: Batch) -> tuple[Streams, RouterStats]:
+        c, eps = self.config, self.config.rms_norm_eps
+        width, ones = (streams.shape[-1],), nn.initializers.ones
+
+        pre, post, comb = StreamMix(c, 2 * self.layer, name="attention_mix")(streams)
+        norm = param(self, "attention_norm", "width", width, ones)
+        attention = Attention(c, self.runtime, self.attention_kind, name="attention")
+        x = rms_norm(collapse(streams, pre), norm, eps=eps)
+        y = attention(x, batch.places[self.attention_kind])
+        streams = expand(streams, y, post, comb)
+
+        pre, post, comb = StreamMix(c, 2 * self.layer + 1, name="moe_mix")(streams)
+        norm = param(self, "moe_norm", "width", width, ones)
+        moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
+        x = rms_norm(collapse(streams, pre), norm, eps=eps)
+        y, stats = moe(x, batch.tokens, batch.valid)
+        return expand(streams, y, post, comb), stats

@@ -1,0 +1,177 @@
+"""Compute routed experts without dropping tokens: gather rows by expert, multiply, add back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from dsv4_jax.layers import clamped_swiglu
+from dsv4_jax.router import Routing
+from dsv4_jax.shapes import Array, Float, Hidden, Int
+from dsv4_jax.sharding import BATCH_AXES
+
+# Rows per block of the "blocks" form: enough to keep a CPU's matrix product busy, few enough
+# that the partly filled last block of each expert wastes little.
+BLOCK_ROWS = 64
+
+
+class ExpertWeights(NamedTuple):
+    """The SwiGLU weights of all experts held here."""
+
+    gate: Float[Array, "e d f"]
+    up: Float[Array, "e d f"]
+    down: Float[Array, "e f d"]
+
+
+class Plan(NamedTuple):
+    """Where each token slot stands among rows grouped by expert.
+
+    `source` and `place` are inverse to each other; an index past the end means "nothing".
+    """
+
+    source: Int[Array, " rows"]  # token slot (token * a + choice) of each row
+    place: Int[Array, "t a"]  # row of each token slot
+
+
+def routed_experts(
+    x: Hidden, routing: Routing, weights: ExpertWeights, *, limit: float, implementation: str,
+    mesh: Mesh | None,
+) -> Hidden:
+    """Return the weighted sum of each token's experts.
+
+    Args:
+      implementation: "blocks" gathers rows into blocks of one expert each and multiplies the
+        blocks as a batch; "ragged" leaves the grouping to `lax.ragged_dot`; "auto" takes blocks
+        on CPU, where ragged_dot computes every expert for every row.
+      mesh: devices that share the experts ("expert"), their width ("tensor") and the tokens.
+    """
+    if implementation == "auto":
+        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
+    compute = partial(_compute_experts, limit=limit, implementation=implementation)
+    if mesh is None:
+        return compute(x, *routing, weights).astype(x.dtype)
+    rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert", None, "tensor")
+    specs = (rows, rows, rows, ExpertWeights(experts, experts, PartitionSpec("expert", "tensor")))
+    sharded = jax.shard_map(
+        partial(_exchange, compute), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
+    )
+    return sharded(x, *routing, weights)
+
+
+def _exchange(compute, x, experts, gates, weights: ExpertWeights):
+    """Bring the tokens of an expert group together, compute the experts held here, add up."""
+    gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
+    held = weights.gate.shape[0]
+    local = gather(experts) - jax.lax.axis_index("expert") * held
+    # Ids of experts held elsewhere, on either side, become the one id past the end.
+    local = jnp.where((local >= 0) & (local < held), local, held)
+    y = compute(gather(x), local, gather(gates), weights)
+    y = jax.lax.psum(y, "tensor")
+    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True).astype(x.dtype)
+
+
+def _compute_experts(
+    x: Hidden, experts: Int[Array, "b t a"], gates: Float[Array, "b t a"],
+    weights: ExpertWeights, *, limit: float, implementation: str,
+) -> Hidden:
+    """Sum the experts held here; ids past the last of them contribute nothing. float32."""
+    b, t, d = x.shape
+    count, chosen = weights.gate.shape[0], experts.reshape(b * t, -1)
+    if implementation == "blocks":
+        plan, block_expert = _plan_blocks(chosen, count)
+        product = partial(_product_by_block, block_expert=block_expert)
+    else:
+        plan, sizes = _plan_groups(chosen, count)
+        product = partial(
+            jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32
+        )
+    rows = _dispatch(x.reshape(b * t, d), plan)
+    gate, up = (product(rows, w.astype(x.dtype)) for w in (weights.gate, weights.up))
+    # The weight of an expert scales its hidden layer, as in the reference, in float32.
+    row_gates = jnp.take(gates.reshape(-1), plan.source, mode="fill", fill_value=0)
+    hidden = (clamped_swiglu(gate, up, limit) * row_gates[:, None]).astype(x.dtype)
+    out = _combine(product(hidden, weights.down.astype(x.dtype)), plan)
+    return out.reshape(b, t, d)
+
+
+def _plan_groups(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " e"]]:
+    """Sort token slots by expert; return the plan and the rows of each expert."""
+    flat = experts.reshape(-1)
+    source = jnp.argsort(flat, stable=True)
+    place = jnp.zeros_like(source).at[source].set(jnp.arange(flat.size))
+    here = flat < count
+    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")
+    place = jnp.where(here, place, flat.size)
+    return Plan(jnp.where(here[source], source, flat.size), place.reshape(experts.shape)), sizes
+
+
+def _plan_blocks(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " blocks"]]:
+    """Give every expert whole blocks of rows; return the plan and the expert of each block."""
+    plan, sizes = _plan_groups(experts, count)
+    slots = experts.size
+    rows = (slots // BLOCK_ROWS + count) * BLOCK_ROWS
+    last_block = jnp.cumsum(-(-sizes // BLOCK_ROWS))
+    shift = (last_block - (-(-sizes // BLOCK_ROWS))) * BLOCK_ROWS - (jnp.cumsum(sizes) - sizes)
+    absent = plan.place == slots
+    place = plan.place + shift[jnp.minimum(experts, count - 1)]
+    place = jnp.where(absent, rows, place)
+    source = jnp.full(rows, slots).at[place.reshape(-1)].set(jnp.arange(slots), mode="drop")
+    block = jnp.arange(rows // BLOCK_ROWS)
+    block_expert = jnp.searchsorted(last_block, block, side="right")
+    return Plan(source, place), jnp.minimum(block_expert, count - 1)
+
+
+def _product_by_block(
+    rows: Float[Array, "rows x"], weights: Float[Array, "e x y"], block_expert: Array
+) -> Float[Array, "rows y"]:
+    blocks = rows.reshape(-1, BLOCK_ROWS, rows.shape[-1])
+    product = jnp.einsum(
+        "zpx,zxy->zpy", blocks, _pick(weights, block_expert), preferred_element_type=jnp.float32
+    )
+    return product.reshape(rows.shape[0], -1)
+
+
+@jax.custom_vjp
+def _pick(weights: Float[Array, "e x y"], index: Int[Array, " z"]) -> Float[Array, "z x y"]:
+    """Gather matrices; the gradient adds them up by a product with the one-hot index."""
+    return weights[index]
+
+
+def _pick_fwd(weights, index):
+    return weights[index], (index, weights.shape[0])
+
+
+def _pick_bwd(residuals, grad):
+    index, count = residuals
+    return jnp.einsum("ze,zxy->exy", jax.nn.one_hot(index, count, dtype=grad.dtype), grad), None
+
+
+_pick.defvjp(_pick_fwd, _pick_bwd)
+
+
+# Moving token rows to expert rows and adding expert rows into token rows are each other's
+# transposes; both are gathers, because a plan holds the indices of both directions.
+
+
+@jax.custom_vjp
+def _dispatch(x: Float[Array, "t d"], plan: Plan) -> Float[Array, "rows d"]:
+    """Copy each token's row to the rows of its experts; rows of nobody are 0."""
+    return jnp.take(x, plan.source // plan.place.shape[1], axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _combine(rows: Float[Array, "rows d"], plan: Plan) -> Float[Array, "t d"]:
+    """Add up the rows of each token's experts; places past the end add nothing."""
+    return jnp.sum(jnp.take(rows, plan.place, axis=0, mode="fill", fill_value=0), axis=1)
+
+
+_dispatch.defvjp(
+    lambda x, plan: (_dispatch(x, plan), plan), lambda plan, grad: (_combine(grad, plan), None)
+)
+_combine.defvjp(
+    lambda rows, plan: (_combine(rows, plan), plan), lambda plan, grad: (_dispatch(grad, plan), None)
+)

@@ -1,0 +1,32 @@
+"""Normalisation and activation shared by all parts of the model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.shapes import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "*rows d"], weight: Float[Array, " d"] | None = None, *, eps: float
+) -> Float[Array, "*rows d"]:
+    """Divide rows by their root mean square: x * rsqrt(mean(x^2) + eps) * weight.
+
+    Computed in float32 and cast once, at the end, to the dtype of x.
+    """
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (y if weight is None else y * weight).astype(x.dtype)
+
+
+def clamped_swiglu(
+    gate: Float[Array, "*rows f"], up: Float[Array, "*rows f"], limit: float
+) -> Float[Array, "*rows f"]:
+    """Return silu(min(gate, limit)) * clip(up, -limit, limit), computed in float32.
+
+    Source: report 4.2.3 (SwiGLU clamping), used in routed and shared experts alike.
+    """
+    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+    y = jax.nn.silu(jnp.minimum(gate32, limit)) * jnp.clip(up32, -limit, limit)
+    return y.astype(gate.dtype)

@@ -1,0 +1,39 @@
+"""Cross-entropy of the tokens that follow, within their documents."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.shapes import Array, Float, Int, Logits, Tokens
+
+
+def shifted_targets(
+    tokens: Tokens, segment_ids: Tokens | None, shift: int
+) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
+    """Return the token `shift` places on and a weight: 1 where it is of the same document."""
+    targets = jnp.pad(tokens[:, shift:], ((0, 0), (0, shift)))
+    if segment_ids is None:
+        inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - shift
+        return targets, jnp.broadcast_to(inside, tokens.shape).astype(jnp.float32)
+    later = jnp.pad(segment_ids[:, shift:], ((0, 0), (0, shift)))
+    return targets, ((later == segment_ids) & (segment_ids > 0)).astype(jnp.float32)
+
+
+def token_nats(
+    logits: Logits, targets: Int[Array, "b t"], weights: Float[Array, "b t"]
+) -> Float[Array, ""]:
+    """Return the weighted sum of -log softmax(logits)[target], in nats."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
+
+
+def next_token_loss(
+    logits: Logits, tokens: Tokens, segment_ids: Tokens | None = None
+) -> Float[Array, ""]:
+    """Return the mean cross-entropy of each token's successor in its document, nats per token.
+
+    Where no token has a successor it is 0.
+    """
+    targets, weights = shifted_targets(tokens, segment_ids, 1)
+    return token_nats(logits, targets, weights) / jnp.maximum(jnp.sum(weights), 1)

@@ -1,0 +1,113 @@
+"""Manifold-constrained hyper-connections: read from and write to the residual streams."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.params import param
+from dsv4_jax.shapes import Array, Float, Hidden, Streams
+
+# Initial offsets of the static gates. A sublayer starts out reading and writing mostly one
+# stream, its own; the next sublayer takes the next stream. That breaks the symmetry of the
+# streams, which all start as the same embedding and would stay equal under uniform gates, while
+# the mean over streams still follows an ordinary residual network. The mixing matrix starts
+# near the identity, so that streams keep what was written to them.
+OWN_STREAM, OTHER_STREAM = 1.0, -1.0
+COMB_DIAGONAL = 3.0
+
+
+def sinkhorn(matrix: Float[Array, "n m b t"], iterations: int, eps: float) -> Array:
+    """Normalise columns and rows in turn until each sums to one.
+
+    M / (sum_n M + eps), then (iterations - 1) times M / (sum_m M + eps), M / (sum_n M + eps):
+    it ends on the columns, whose sums are exact. Tokens lie on the last axes, where the small
+    matrices would otherwise waste vector lanes.
+
+    Source: report 2.2; fact sheet 2.2.
+    """
+
+    def by_columns(x):
+        return x / (jnp.sum(x, axis=0, keepdims=True) + eps)
+
+    def by_rows(x):
+        return x / (jnp.sum(x, axis=1, keepdims=True) + eps)
+
+    return jax.lax.fori_loop(0, iterations - 1, lambda _, x: by_columns(by_rows(x)), by_columns(matrix))
+
+
+def mix_logits(streams: Streams, fn: Float[Array, "n d x"], eps: float) -> Float[Array, "x b t"]:
+    """Project all streams of a token, jointly normalised to unit mean square: (x fn) * rsqrt(...)."""
+    streams = streams.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(streams * streams, axis=(2, 3)) + eps)
+    return jnp.einsum("btnd,ndx->xbt", streams, fn, precision="highest") * scale
+
+
+def collapse(streams: Streams, pre: Float[Array, "n b t"]) -> Hidden:
+    """Read one vector from the streams: u = sum_n pre_n X_n, in float32."""
+    return jnp.einsum("nbt,btnd->btd", pre, streams.astype(jnp.float32)).astype(streams.dtype)
+
+
+def expand(
+    streams: Streams, y: Hidden, post: Float[Array, "n b t"], comb: Float[Array, "n m b t"]
+) -> Streams:
+    """Mix the streams and write the sublayer's output: X'_m = post_m y + sum_n comb[n, m] X_n.
+
+    Source: report 2.2. The sum runs over the first index of comb, whose columns sum to one.
+    """
+    mixed = jnp.einsum("nmbt,btnd->btmd", comb, streams.astype(jnp.float32))
+    written = jnp.einsum("mbt,btd->btmd", post, y.astype(jnp.float32))
+    return (mixed + written).astype(streams.dtype)
+
+
+class StreamMix(nn.Module):
+    """The three gates of one sublayer: what it reads, what it writes, how streams mix."""
+
+    config: ModelConfig
+    own_stream: int  # the stream this sublayer mostly uses at initialisation
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> tuple[Array, Array, Array]:
+        """Return pre [n, b, t], post [n, b, t] and comb [n, m, b, t], float32."""
+        c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
+        fn_pre = param(self, "fn_pre", "streams width -> mix", (n, d, n))
+        fn_post = param(self, "fn_post", "streams width -> mix", (n, d, n))
+        fn_comb = param(self, "fn_comb", "streams width -> mix mix_in", (n, d, n, n))
+        base_pre = param(self, "base_pre", "mix", (n,), self._own_stream_init)
+        base_post = param(self, "base_post", "mix", (n,), self._own_stream_init)
+        base_comb = param(self, "base_comb", "mix mix_in", (n, n), _diagonal_init)
+        scale = param(self, "scale", "gate", (3,), nn.initializers.constant(c.hc_gate_init))
+
+        fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(n, d, n * n)], axis=-1)
+        logits = mix_logits(streams, fn, c.rms_norm_eps)
+        pre = jax.nn.sigmoid(logits[:n] * scale[0] + base_pre[:, None, None]) + c.hc_eps
+        post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base_post[:, None, None])
+        comb = logits[2 * n :].reshape(n, n, *logits.shape[1:])
+        comb = jax.nn.softmax(comb * scale[2] + base_comb[:, :, None, None], axis=1) + c.hc_eps
+        return pre, post, sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
+
+    def _own_stream_init(self, key, shape, dtype):
+        own = jnp.arange(shape[0]) == self.own_stream % shape[0]
+        return jnp.where(own, OWN_STREAM, OTHER_STREAM).astype(dtype)
+
+
+class StreamHead(nn.Module):
+    """Collapse the streams into the vector that the final norm and the head read."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, streams: Streams) -> Hidden:
+        c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
+        fn = param(self, "fn", "streams width -> mix", (n, d, n))
+        base = param(self, "base", "mix", (n,), nn.initializers.zeros)
+        scale = param(self, "scale", "gate", (1,), nn.initializers.constant(c.hc_gate_init))
+        logits = mix_logits(streams, fn, c.rms_norm_eps)
+        weight = jax.nn.sigmoid(logits * scale[0] + base[:, None, None]) + c.hc_eps
+        return collapse(streams, weight)
+
+
+def _diagonal_init(key, shape, dtype):
+    return COMB_DIAGONAL * jnp.eye(*shape, dtype=dtype)

@@ -1,0 +1,194 @@
+"""The DeepSeek-V4 transformer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from dsv4_jax.attention import Places
+from dsv4_jax.attention.layout import block_starts, document_offsets, entry_layout
+from dsv4_jax.block import Batch, Block
+from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
+from dsv4_jax.layers import rms_norm
+from dsv4_jax.mhc import StreamHead
+from dsv4_jax.mtp import MultiTokenPrediction, next_in_document
+from dsv4_jax.params import param
+from dsv4_jax.rope import frequencies, rotation
+from dsv4_jax.router import RouterStats
+from dsv4_jax.shapes import Hidden, Logits, Streams, Tokens
+from dsv4_jax.sharding import constrain, shardings_of
+
+
+class Features(NamedTuple):
+    """What one forward pass yields for losses, balancing and inspection."""
+
+    streams: Streams  # after the last layer
+    hidden: Hidden  # normalised; the head's input
+    logits: Logits  # of the next token, float32
+    mtp_logits: Logits | None  # of the token after the next, float32
+    router: dict[str, RouterStats]  # by the path of the layer's block; scanned layers stacked
+
+
+def factor_schedule(config: ModelConfig) -> tuple[int, int]:
+    """Split the layers into a prelude and repeated pairs: return (prelude layers, pairs).
+
+    A pair is two layers of different attention kinds with learned routers; at least two equal
+    pairs must end the schedule, else every layer belongs to the prelude.
+    """
+    kinds = list(zip(config.layer_types, config.moe_types, strict=True))
+    first, second = kinds[-2:] if len(kinds) > 1 else (None, None)
+    if len(kinds) < 4 or first[0] == second[0] or {first[1], second[1]} != {LEARNED}:
+        return len(kinds), 0
+    pairs = 0
+    while kinds[len(kinds) - 2 * (pairs + 1) :][:2] == [first, second]:
+        pairs += 1
+        if 2 * (pairs + 1) > len(kinds):
+            break
+    return (len(kinds) - 2 * pairs, pairs) if pairs > 1 else (len(kinds), 0)
+
+
+class Pair(nn.Module):
+    """Two layers of different attention kinds, the unit that is scanned over depth."""
+
+    config: ModelConfig
+    runtime: Runtime
+    layer: int  # index of the first pair's first layer
+
+    @nn.compact
+    def __call__(self, streams: Streams, batch: Batch) -> tuple[Streams, dict[str, RouterStats]]:
+        stats = {}
+        for layer in (self.layer, self.layer + 1):
+            kind = self.config.layer_types[layer]
+            block = _block_class(self.runtime)(
+                self.config, self.runtime, kind, LEARNED, layer, name=kind
+            )
+            streams, stats[kind] = block(streams, batch)
+        return streams, stats
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V4: embedding, layers on residual streams, head, multi-token prediction.
+
+    `apply({"params": params}, tokens, segment_ids=None, positions=None)` returns float32 logits
+    [b, t, v]; `method="features"` returns `Features`.
+
+    Args of both:
+      tokens: ids in [0, vocab_size); not checked here, see `data.check_token_ids`.
+      segment_ids: 0 is padding; documents are contiguous runs of one id above 0. None: each row
+        is one document.
+      positions: of each token in its document, for the rotary embedding; None counts them.
+
+    Source: report 2; fact sheet 2.1.
+    """
+
+    config: ModelConfig
+    runtime: Runtime = Runtime()
+
+    def __call__(
+        self, tokens: Tokens, segment_ids: Tokens | None = None, positions: Tokens | None = None
+    ) -> Logits:
+        return self.features(tokens, segment_ids, positions, mtp=self.is_initializing()).logits
+
+    @nn.compact
+    def features(
+        self,
+        tokens: Tokens,
+        segment_ids: Tokens | None = None,
+        positions: Tokens | None = None,
+        mtp: bool = True,
+    ) -> Features:
+        c, dtype = self.config, self.runtime.compute_dtype
+        table = param(self, "embedding", "vocab -> width", (c.vocab_size, c.hidden_size))
+        head = param(self, "head", "width -> vocab", (c.hidden_size, c.vocab_size)).astype(dtype)
+        final_norm = param(self, "final_norm", "width", (c.hidden_size,), nn.initializers.ones)
+
+        batch = _describe(c, tokens, segment_ids, positions)
+        x = self._constrain(table[tokens].astype(dtype))
+        streams = jnp.broadcast_to(x[:, :, None], (*tokens.shape, c.hc_mult, c.hidden_size))
+        streams, router = self._layers(streams, batch)
+        hidden = rms_norm(StreamHead(c, name="head_mix")(streams), final_norm, eps=c.rms_norm_eps)
+        mtp_logits = None
+        if mtp and c.num_nextn_predict_layers:
+            after, exists = next_in_document(tokens, segment_ids)
+            embedded = jnp.where(exists[..., None], table[after], 0).astype(dtype)
+            block = MultiTokenPrediction(c, self.runtime, name="mtp")
+            vectors, router["mtp/block"] = block(streams, embedded, batch._replace(tokens=after))
+            mtp_logits = self._logits(vectors, head)
+        return Features(streams, hidden, self._logits(hidden, head), mtp_logits, router)
+
+    def _layers(self, streams: Streams, batch: Batch) -> tuple[Streams, dict[str, RouterStats]]:
+        c, runtime = self.config, self.runtime
+        prelude, pairs = factor_schedule(c)
+        router = {}
+        for layer in range(prelude):
+            name = f"layers_{layer}"
+            kinds = c.layer_types[layer], c.moe_types[layer]
+            block = _block_class(runtime)(c, runtime, *kinds, layer, name=name)
+            streams, router[name] = block(streams, batch)
+            streams = self._constrain(streams)
+        if pairs:
+            scan = nn.scan(
+                Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=nn.broadcast,
+                variable_axes={"params": 0}, split_rngs={"params": True},
+                metadata_params={},
+            )
+            streams, stats = scan(c, runtime, prelude, name="pairs")(streams, batch)
+            router |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
+        return streams, router
+
+    def _logits(self, hidden: Hidden, head) -> Logits:
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        return constrain(logits, "batch token vocab", self.runtime.mesh)
+
+    def _constrain(self, x):
+        return constrain(x, "batch", self.runtime.mesh)
+
+
+def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> dict:
+    """Draw fresh float32 parameters; on a mesh each device makes only its own parts."""
+    init = jax.jit(
+        lambda key: nn.meta.unbox(_init_boxed(config, key)),
+        out_shardings=None if mesh is None else shardings_of(param_shapes(config), mesh),
+    )
+    return init(key)
+
+
+def param_shapes(config: ModelConfig) -> dict:
+    """Return the tree of `params.Weight`s with shapes for values; nothing is computed."""
+    return jax.eval_shape(lambda key: _init_boxed(config, key), jax.random.key(0))
+
+
+def _init_boxed(config: ModelConfig, key: jax.Array) -> dict:
+    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _block_class(runtime: Runtime) -> type[Block]:
+    return nn.remat(Block, prevent_cse=False) if runtime.remat else Block
+
+
+def _describe(
+    config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, positions: Tokens | None
+) -> Batch:
+    """Work out, once for all layers, where tokens and compressed entries stand."""
+    offsets = None if segment_ids is None else document_offsets(segment_ids)
+    if positions is None:
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = index if offsets is None else offsets
+    kinds = config.layer_types + (WINDOW,) * config.num_nextn_predict_layers
+    places = {}
+    for kind in sorted(set(kinds)):
+        freqs = frequencies(config, kind)
+        at_query = rotation(positions, freqs)
+        if kind == WINDOW:
+            places[kind] = Places(at_query, None, None, segment_ids)
+            continue
+        ratio = config.ratio(kind)
+        layout = entry_layout(tokens.shape, ratio, segment_ids, offsets)
+        at_entry = rotation(block_starts(positions, layout, ratio), freqs)
+        places[kind] = Places(at_query, at_entry, layout, segment_ids)
+    valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+    return Batch(tokens, valid, places)

@@ -1,0 +1,102 @@
+"""DeepSeekMoE: a few of many routed experts for each token, beside one that all tokens share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.config import HASH, ModelConfig, Runtime
+from dsv4_jax.experts import ExpertWeights, routed_experts
+from dsv4_jax.layers import clamped_swiglu
+from dsv4_jax.params import param
+from dsv4_jax.router import (
+    RouterStats, Routing, affinity, balanced_table, best_experts, expert_load, route,
+    sequence_balance,
+)
+from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Tokens
+
+
+class Experts(nn.Module):
+    """The weights of the routed experts and their sum."""
+
+    config: ModelConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, x: Hidden, routing: Routing) -> Hidden:
+        c = self.config
+        e, d, f = c.n_routed_experts, x.shape[-1], c.moe_intermediate_size
+        w_gate = param(self, "w_gate", "experts | width -> expert_width", (e, d, f))
+        w_up = param(self, "w_up", "experts | width -> expert_width", (e, d, f))
+        w_down = param(self, "w_down", "experts | expert_width -> width", (e, f, d))
+        return routed_experts(
+            x, routing, ExpertWeights(w_gate, w_up, w_down), limit=c.swiglu_limit,
+            implementation=self.runtime.moe, mesh=self.runtime.mesh,
+        )
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token uses."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        d, f, limit = x.shape[-1], self.config.moe_intermediate_size, self.config.swiglu_limit
+        w_gate = param(self, "w_gate", "width -> expert_width", (d, f)).astype(x.dtype)
+        w_up = param(self, "w_up", "width -> expert_width", (d, f)).astype(x.dtype)
+        w_down = param(self, "w_down", "expert_width -> width", (f, d)).astype(x.dtype)
+        gate, up = (
+            jnp.einsum("btd,df->btf", x, w, preferred_element_type=jnp.float32)
+            for w in (w_gate, w_up)
+        )
+        hidden = clamped_swiglu(gate, up, limit).astype(x.dtype)
+        return jnp.einsum("btf,fd->btd", hidden, w_down)
+
+
+class MoE(nn.Module):
+    """Route, run the experts, add the shared expert.
+
+    Routing runs in float32 throughout.
+
+    Source: report 2.1; fact sheet 3.
+    """
+
+    config: ModelConfig
+    runtime: Runtime
+    kind: str  # "hash" or "learned"
+    layer: int  # seeds the hash table
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, tokens: Tokens, valid: Bool[Array, "b t"]
+    ) -> tuple[Hidden, RouterStats]:
+        c = self.config
+        count = c.n_routed_experts
+        w_router = param(self, "w_router", "width -> router_experts", (x.shape[-1], count))
+        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), w_router, precision="highest")
+        scores = affinity(logits)
+        experts = self._choose(scores, tokens)
+        balance = jnp.zeros(())
+        if self.kind != HASH:
+            balance = sequence_balance(scores, c.num_experts_per_tok, valid)
+        routing = route(scores, experts, c.routed_scaling_factor)
+        y = Experts(c, self.runtime, name="experts")(x, routing)
+        y = y + SharedExpert(c, name="shared")(x)
+        return y, RouterStats(expert_load(experts, count, valid), balance)
+
+    def _choose(self, scores: Float[Array, "b t e"], tokens: Tokens) -> Int[Array, "b t a"]:
+        c = self.config
+        if self.kind == HASH:
+            shape = (c.vocab_size, c.num_experts_per_tok)
+            return param(self, "hash_table", "table_row choice", shape, self._table_init)[tokens]
+        bias = param(
+            self, "selection_bias", "router_experts", (c.n_routed_experts,),
+            nn.initializers.zeros,
+        )
+        return best_experts(scores, bias, c.num_experts_per_tok)
+
+    def _table_init(self, key, shape, dtype):
+        seeded = jax.random.fold_in(jax.random.key(self.config.hash_seed), self.layer)
+        return balanced_table(seeded, shape[0], self.config.n_routed_experts, shape[1])

@@ -1,0 +1,67 @@
+"""Multi-token prediction: one more layer that predicts the token after the next."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv4_jax.block import Batch, Block
+from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
+from dsv4_jax.layers import rms_norm
+from dsv4_jax.mhc import StreamHead
+from dsv4_jax.params import param
+from dsv4_jax.router import RouterStats
+from dsv4_jax.shapes import Array, Bool, Hidden, Int, Streams, Tokens
+
+
+def next_in_document(
+    tokens: Tokens, segment_ids: Tokens | None
+) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
+    """Return the token after each token and whether it is of the same document.
+
+    Where there is none, the token returned is 0. Padding has no next token.
+    """
+    after = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    exists = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
+    exists = jnp.broadcast_to(exists, tokens.shape)
+    if segment_ids is not None:
+        same = segment_ids[:, 1:] == segment_ids[:, :-1]
+        exists = exists & jnp.pad(same, ((0, 0), (0, 1))) & (segment_ids > 0)
+    return jnp.where(exists, after, 0), exists
+
+
+class MultiTokenPrediction(nn.Module):
+    """Join the streams with the embedding of the next token and run one window layer.
+
+    Source: fact sheet 4.
+    """
+
+    config: ModelConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(
+        self, streams: Streams, next_embedding: Hidden, batch: Batch
+    ) -> tuple[Hidden, RouterStats]:
+        """Return the vectors for the shared head, [b, t, d], and the layer's router statistics.
+
+        Args:
+          streams: after the last layer of the main model.
+          next_embedding: of the token after each token; 0 where the document ends.
+          batch: of the main model, except that tokens are the next tokens.
+        """
+        c, d = self.config, streams.shape[-1]
+        ones = nn.initializers.ones
+        token_norm = param(self, "token_norm", "width", (d,), ones)
+        stream_norm = param(self, "stream_norm", "width", (d,), ones)
+        w_token = param(self, "w_token", "width -> width_out", (d, d)).astype(streams.dtype)
+        w_stream = param(self, "w_stream", "width -> width_out", (d, d)).astype(streams.dtype)
+        e = rms_norm(next_embedding, token_norm, eps=c.rms_norm_eps)
+        h = rms_norm(streams, stream_norm, eps=c.rms_norm_eps)
+        joined = jnp.einsum("btd,dx->btx", e, w_token)[:, :, None]
+        joined = joined + jnp.einsum("btnd,dx->btnx", h, w_stream)
+        block = Block(c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block")
+        streams, stats = block(joined, batch)
+        final_norm = param(self, "final_norm", "width", (d,), ones)
+        x = StreamHead(c, name="head_mix")(streams)
+        return rms_norm(x, final_norm, eps=c.rms_norm_eps), stats

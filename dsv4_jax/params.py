@@ -1,0 +1,119 @@
+"""Declare weights: one line gives a weight its name, axes, shape and initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+BATCH, IN, OUT, NONE = "batch", "in", "out", "none"
+
+# Leaves that no gradient reaches: the bias update and the hash table set them.
+FROZEN_NAMES = frozenset({"selection_bias", "hash_table"})
+
+
+class Weight(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A parameter with the names and kinds of its axes.
+
+    A matrix maps its "in" axes to its "out" axes; its "batch" axes enumerate independent
+    matrices (experts, output groups, stacked layers). The axes of vectors, biases and tables are
+    "none". Sharding reads the names; Muon and weight decay read the kinds.
+    """
+
+    value: Any
+    axes: tuple[str, ...] = struct.field(pytree_node=False)
+    kinds: tuple[str, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, value: Any) -> Weight:
+        return self.replace(value=value)
+
+    def add_axis(self, index: int, params: dict) -> Weight:
+        """Record the axis that `nn.scan` stacks layers on."""
+        return self._edit(lambda names: names.insert(index, "layers"),
+                          lambda kinds: kinds.insert(index, BATCH))
+
+    def remove_axis(self, index: int, params: dict) -> Weight:
+        return self._edit(lambda names: names.pop(index), lambda kinds: kinds.pop(index))
+
+    def _edit(self, edit_axes, edit_kinds) -> Weight:
+        axes, kinds = list(self.axes), list(self.kinds)
+        edit_axes(axes)
+        edit_kinds(kinds)
+        return self.replace(axes=tuple(axes), kinds=tuple(kinds))
+
+
+def parse_axes(signature: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Read "batch | in -> out" into axis names and their kinds; without "->" all are "none"."""
+    head, arrow, out = signature.partition("->")
+    batch, bar, inner = head.partition("|")
+    if not bar:
+        batch, inner = "", head
+    if not arrow:
+        return tuple(inner.split()), (NONE,) * len(inner.split())
+    groups = ((BATCH, batch.split()), (IN, inner.split()), (OUT, out.split()))
+    return (
+        tuple(name for _, names in groups for name in names),
+        tuple(kind for kind, names in groups for _ in names),
+    )
+
+
+def param(module: nn.Module, name: str, signature: str, shape: tuple[int, ...], init=None):
+    """Declare a float32 (or, by its init, integer) weight of a module and return its value.
+
+    Args:
+      signature: axis names as "batch | in -> out" for matrices, or plain names for the rest.
+      init: a function of (key, shape, dtype); the default is normal with the module's
+        `config.initializer_range`.
+    """
+    axes, kinds = parse_axes(signature)
+    assert len(axes) == len(shape), f"{name}: axes {axes} do not fit shape {shape}"
+    if init is None:
+        init = nn.initializers.normal(module.config.initializer_range)
+
+    def boxed(key):
+        return Weight(init(key, shape, jnp.float32), axes, kinds)
+
+    return module.param(name, boxed)
+
+
+def path_name(path: tuple) -> str:
+    """Write a tree path as "block/attention/w_kv"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def axes_of(boxed_params) -> dict:
+    """Return the tree of axis names of a tree of `Weight`s."""
+    return jax.tree.map(lambda w: w.axes, boxed_params, is_leaf=_is_weight)
+
+
+def kinds_of(boxed_params) -> dict:
+    """Return the tree of axis kinds of a tree of `Weight`s."""
+    return jax.tree.map(lambda w: w.kinds, boxed_params, is_leaf=_is_weight)
+
+
+def split_trainable(params: dict) -> tuple[dict, dict]:
+    """Split parameters into (trainable, frozen) trees; `merge` joins them again.
+
+    Frozen are the router's selection bias, which the load update moves, and the hash-routing
+    table, which never changes.
+    """
+    flat = flatten_dict(params)
+    frozen = {path: leaf for path, leaf in flat.items() if path[-1] in FROZEN_NAMES}
+    trainable = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    return unflatten_dict(trainable), unflatten_dict(frozen)
+
+
+def merge(trainable: dict, frozen: dict) -> dict:
+    """Join the two trees of `split_trainable`."""
+    return unflatten_dict({**flatten_dict(trainable), **flatten_dict(frozen)})
+
+
+def _is_weight(leaf) -> bool:
+    return isinstance(leaf, Weight)

@@ -1,0 +1,214 @@
+"""One optimizer step: losses, gradients over micro-batches, update, balance of the experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from dsv4_jax.loss import shifted_targets, token_nats
+from dsv4_jax.model import Transformer, init_params, param_shapes
+from dsv4_jax.optimizer import (
+    FROZEN, decay_start, label_leaves, learning_rate_schedule, make_optimizer,
+)
+from dsv4_jax.params import kinds_of, merge, split_trainable
+from dsv4_jax.router import updated_bias
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.shapes import Array, Float
+from dsv4_jax.sharding import replicated, shardings_of
+
+Batch = dict[str, Array]  # "tokens", "segment_ids", "positions": int32 [b, t]
+Metrics = dict[str, Array]  # float32 scalars
+
+
+class TrainState(NamedTuple):
+    """All that a run continues from, beside its place in the data."""
+
+    step: Array  # optimizer steps taken
+    params: dict
+    opt_state: optax.OptState
+
+
+class Sums(NamedTuple):
+    """What micro-batches add up to."""
+
+    next_token: Float[Array, ""]  # nats
+    mtp: Float[Array, ""]  # nats
+    balance: Float[Array, ""]  # over layers, weighted by the micro-batch's share of the rows
+    load: dict[str, Array]  # token slots of each expert, by the path of the layer's block
+
+
+def transformer_of(config: RunConfig, mesh: Mesh | None = None) -> Transformer:
+    """Return the model of a run, on its mesh."""
+    return Transformer(config.model, dataclasses.replace(config.runtime, mesh=mesh))
+
+
+def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """Make the state that a run starts from; on a mesh it is born sharded, never whole."""
+    return jax.jit(lambda: _fresh_state(config), out_shardings=state_shardings(config, mesh))()
+
+
+def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """Return the shapes, dtypes and placement of a run's state; nothing is computed."""
+    shapes = jax.eval_shape(lambda: _fresh_state(config))
+    if mesh is None:
+        placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+    else:
+        placed = state_shardings(config, mesh)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes, placed,
+    )
+
+
+def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
+    """Return the placement of a state: the optimizer's moments lie as their parameters do."""
+    if mesh is None:
+        return None
+    shapes = jax.eval_shape(lambda: _fresh_state(config))
+    params = shardings_of(param_shapes(config.model), mesh)
+    opt_state = optax.tree_map_params(
+        _optimizer_of(config), lambda _, sharding: sharding, shapes.opt_state,
+        split_trainable(params)[0], transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(replicated(mesh), params, opt_state)
+
+
+def _fresh_state(config: RunConfig) -> TrainState:
+    params = init_params(config.model, jax.random.key(config.train.seed))
+    opt_state = _optimizer_of(config).init(split_trainable(params)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def make_train_step(
+    config: RunConfig, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Return the function that takes one optimizer step; jit it, donating the state.
+
+    The objective is the mean next-token loss, plus mtp_weight times that of multi-token
+    prediction, plus balance_weight times the sum of the layers' sequence balance losses. With
+    micro-batches the gradient is exactly that of the whole batch.
+    """
+    model, train = transformer_of(config, mesh), config.train
+    optimizer = _optimizer_of(config)
+    labels = label_leaves(_trainable_kinds(config), config.optimizer)
+    schedule = learning_rate_schedule(config.optimizer, train.steps)
+    decays_from = decay_start(config.optimizer, train.steps)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, frozen = split_trainable(state.params)
+        targets = jnp.maximum(_count_targets(batch), 1)
+        mtp_weight = jnp.where(
+            state.step < decays_from, train.mtp_weight, train.mtp_weight_in_decay
+        )
+        weights = jnp.array([1, mtp_weight, train.balance_weight]) / jnp.array([*targets, 1])
+
+        def objective(trainable, rows):
+            sums = _forward(model, merge(trainable, frozen), rows, 1 / train.accumulation)
+            return jnp.dot(weights, jnp.stack(sums[:3])), sums
+
+        gradients, sums = _accumulate(
+            jax.grad(objective, has_aux=True), trainable, batch, train.accumulation
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
+        params = merge(optax.apply_updates(trainable, updates), frozen)
+        params = _rebalance(params, sums.load, train.bias_update_rate)
+        metrics = {
+            "loss": sums.next_token / targets[0],
+            "mtp_loss": sums.mtp / targets[1],
+            "balance_loss": sums.balance,
+            "grad_norm": _trained_norm(gradients, labels),
+            "learning_rate": schedule(state.step),
+            "max_load": _max_load(sums.load),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_evaluation(
+    config: RunConfig, mesh: Mesh | None = None
+) -> Callable[[dict, Batch], Float[Array, ""]]:
+    """Return the function from parameters and batch to the nats of all predicted tokens."""
+    model = transformer_of(config, mesh)
+
+    def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
+        logits = model.apply({"params": params}, **batch)
+        return token_nats(logits, *shifted_targets(batch["tokens"], batch["segment_ids"], 1))
+
+    return evaluate
+
+
+def _optimizer_of(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    return make_optimizer(config.optimizer, _trainable_kinds(config), config.train.steps)
+
+
+def _trainable_kinds(config: RunConfig) -> dict:
+    return split_trainable(kinds_of(param_shapes(config.model)))[0]
+
+
+def _count_targets(batch: Batch) -> Float[Array, " two"]:
+    """Count the tokens predicted by the main head and by multi-token prediction."""
+    tokens, segments = batch["tokens"], batch["segment_ids"]
+    return jnp.stack([jnp.sum(shifted_targets(tokens, segments, shift)[1]) for shift in (1, 2)])
+
+
+def _forward(model: Transformer, params: dict, batch: Batch, share: float) -> Sums:
+    """Run the model on a micro-batch, which is this share of the batch."""
+    features = model.apply({"params": params}, **batch, method="features")
+    tokens, segments = batch["tokens"], batch["segment_ids"]
+    mtp = jnp.zeros(())
+    if features.mtp_logits is not None:
+        mtp = token_nats(features.mtp_logits, *shifted_targets(tokens, segments, 2))
+    return Sums(
+        next_token=token_nats(features.logits, *shifted_targets(tokens, segments, 1)),
+        mtp=mtp,
+        balance=share * sum(jnp.sum(stats.balance_loss) for stats in features.router.values()),
+        load={path: stats.load for path, stats in features.router.items()},
+    )
+
+
+def _accumulate(gradient, trainable: dict, batch: Batch, parts: int) -> tuple[dict, Sums]:
+    """Add up gradients and sums over micro-batches of interleaved rows.
+
+    Interleaving keeps every device busy in each micro-batch: its rows are neighbours.
+    """
+    if parts == 1:
+        return gradient(trainable, batch)
+    parted = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, gradient(trainable, rows)), None
+
+    first, rest = (jax.tree.map(lambda x, i=i: x[i], parted) for i in (0, slice(1, None)))
+    return jax.lax.scan(add, gradient(trainable, first), rest)[0]
+
+
+def _rebalance(params: dict, load: dict[str, Array], rate: float) -> dict:
+    """Move every selection bias towards even load."""
+    flat = flatten_dict(params)
+    for block, slots in load.items():
+        path = (*block.split("/"), "moe", "selection_bias")
+        if path in flat:
+            flat[path] = updated_bias(flat[path], slots, rate)
+    return unflatten_dict(flat)
+
+
+def _trained_norm(gradients: dict, labels: dict) -> Float[Array, ""]:
+    kept = jax.tree.map(lambda g, label: None if label == FROZEN else g, gradients, labels)
+    return optax.global_norm(kept)
+
+
+def _max_load(load: dict[str, Array]) -> Float[Array, ""]:
+    """Return the load of the busiest expert of any layer over the mean load; 1 is even."""
+    return jnp.max(jnp.stack([
+        jnp.max(jnp.max(slots, axis=-1) / jnp.mean(slots, axis=-1)) for slots in load.values()
+    ]))

@@ -1,0 +1,27 @@
+"""Train a model.
+
+    python launch/train.py --config=configs/tiny.py --workdir=DIR [--config.train.steps=100 ...]
+
+The same command again goes on from the newest checkpoint of the workdir.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+from ml_collections import config_flags
+
+from dsv4_jax import cli
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of configs/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    train(RunConfig.from_config_dict(CONFIG.value), WORKDIR.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,458 @@
+"""The split is clean, packing loses nothing, and every resume continues the same stream."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import random
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dsv4_jax.corpus import read_corpus
+from dsv4_jax.data import (
+    TOKENS_FILE,
+    Documents,
+    Pieces,
+    baseline_bits_per_byte,
+    held_out_batches,
+    make_train_iterator,
+    pack,
+    prepare_corpus,
+)
+from dsv4_jax.run_config import DataConfig
+
+VOCAB_SIZE = 300
+SEQ_LEN = 16
+EPOCHS = 3  # that the resume tests go through
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts of 1 to 120 characters, so that documents are shorter and longer than a row."""
+    root = tmp_path_factory.mktemp("texts")
+    choose = random.Random(0)
+    for number in range(120):
+        path = root / f"{number % 7}" / f"{number}.txt"
+        path.parent.mkdir(exist_ok=True)
+        text = "".join(choose.choices("abcdé漢 \n", k=choose.randint(1, 120)))
+        path.write_text(f"{number}{text}", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return DataConfig(
+        source=str(folder), seq_len=SEQ_LEN, batch_size=8, held_out_fraction=0.1, seed=3
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(config, tmp_path_factory):
+    return prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def stream(corpus, config):
+    """The batches of the first epochs and the iterator's state before each and after the last."""
+    iterator = make_train_iterator(corpus, config)
+    states, batches = [iterator.get_state()], []
+    for _ in range(EPOCHS * batches_per_epoch(corpus, config)):
+        batches.append(next(iterator))
+        states.append(iterator.get_state())
+    return batches, states
+
+
+def batches_per_epoch(corpus, config) -> int:
+    tokens = sum(len(piece) for piece in all_pieces(corpus.train, config.seq_len))
+    return -(-tokens // (config.seq_len * config.batch_size))
+
+
+def all_pieces(documents: Documents, seq_len: int) -> list[np.ndarray]:
+    pieces = Pieces(documents, seq_len)
+    return [pieces[index]["tokens"] for index in range(len(pieces))]
+
+
+def segments(rows) -> list[tuple[int, ...]]:
+    """Return the tokens of every segment of some rows or batches."""
+    found = []
+    for row in rows:
+        for tokens, ids in zip(
+            np.atleast_2d(row["tokens"]), np.atleast_2d(row["segment_ids"]), strict=True
+        ):
+            found += [tuple(tokens[ids == i].tolist()) for i in range(1, ids.max() + 1)]
+    return found
+
+
+def bigrams(sequences) -> collections.Counter:
+    """Count (token, next token) within sequences: what a next-token loss is charged for."""
+    return collections.Counter(
+        pair
+        for sequence in sequences
+        for pair in zip(list(sequence)[:-1], list(sequence)[1:], strict=True)
+    )
+
+
+def each_document(documents: Documents) -> list[np.ndarray]:
+    return [documents[i : i + 1].tokens for i in range(len(documents))]
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+# Packing
+
+
+def test_rows_are_well_formed(stream, config):
+    for batch in stream[0]:
+        assert set(batch) == {"tokens", "segment_ids", "positions"}
+        for array in batch.values():
+            assert array.shape == (config.batch_size, SEQ_LEN)
+            assert array.dtype == np.int32
+        for tokens, ids, positions in zip(
+            batch["tokens"], batch["segment_ids"], batch["positions"], strict=True
+        ):
+            length = np.count_nonzero(ids)
+            assert ids[0] == 1
+            assert set(np.diff(ids[:length])) <= {0, 1}  # contiguous, counted from 1
+            assert not ids[length:].any() and not tokens[length:].any()
+            begins = np.flatnonzero(np.diff(ids[:length], prepend=0))
+            expected = np.arange(length) - begins[ids[:length] - 1]
+            np.testing.assert_array_equal(positions[:length], expected)
+
+
+def test_every_piece_survives_packing_once(corpus):
+    source = Pieces(corpus.train, SEQ_LEN)
+    epoch = grain.MapDataset.source(source).seed(0).shuffle()
+    rows = list(pack(epoch, seq_len=SEQ_LEN, seed=0))
+    expected = [tuple(piece.tolist()) for piece in all_pieces(corpus.train, SEQ_LEN)]
+    assert collections.Counter(segments(rows)) == collections.Counter(expected)
+    filled = sum(np.count_nonzero(row["segment_ids"]) for row in rows)
+    assert filled > 0.95 * len(rows) * SEQ_LEN  # measured: 0.96 to 0.99 on real text
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 16, 1000])
+def test_pieces_predict_every_token_but_bos_once(corpus, seq_len):
+    pieces = all_pieces(corpus.train, seq_len)
+    assert max(map(len, pieces)) <= seq_len
+    assert min(map(len, pieces)) >= 2
+    assert bigrams(pieces) == bigrams(each_document(corpus.train))
+
+
+def test_documents_are_the_texts(corpus, config):
+    tokenizer = corpus.tokenizer
+    texts = {document.text for document in read(config).train}
+    documents = each_document(corpus.train)
+    assert {tokenizer.decode(document) for document in documents} == texts
+    assert all((d[0], d[-1]) == (tokenizer.bos_id, tokenizer.eos_id) for d in documents)
+
+
+def read(config):
+    return read_corpus(
+        config.source, text_field=config.text_field, held_out_fraction=config.held_out_fraction
+    )
+
+
+def test_epochs_differ_in_order(stream):
+    batches, _ = stream
+    size = len(batches) // EPOCHS
+    first, second = segments(batches[:size]), segments(batches[size : 2 * size])
+    assert first != second
+    assert len(set(first) & set(second)) > 0.8 * len(set(first))  # but not in content
+
+
+# Determinism and resume
+
+
+def test_same_seed_same_stream(stream, corpus, config):
+    batches, _ = stream
+    assert_same(take(make_train_iterator(corpus, config), len(batches)), batches)
+
+
+def test_other_seed_other_stream(stream, corpus, config):
+    other = dataclasses.replace(config, seed=config.seed + 1)
+    assert segments(take(make_train_iterator(corpus, other), 2)) != segments(stream[0][:2])
+
+
+def test_resume_at_every_batch(stream, corpus, config):
+    batches, states = stream
+    iterator = make_train_iterator(corpus, config)
+    ahead = 9  # batches that are compared after each resume: more than one group of packed rows
+    for step, state in enumerate(states):
+        iterator.set_state(json.loads(json.dumps(state)))
+        expected = batches[step : step + ahead]
+        assert_same(take(iterator, len(expected)), expected)
+
+
+def test_resume_of_a_resume(stream, corpus, config):
+    batches, states = stream
+    choose = random.Random(0)
+    for _ in range(10):
+        step = choose.randrange(len(batches) // 2)
+        state = states[step]
+        for _ in range(3):
+            iterator = make_train_iterator(corpus, config)
+            iterator.set_state(state)
+            assert iterator.get_state() == state
+            count = choose.randrange(4)
+            assert_same(take(iterator, count), batches[step : step + count])
+            step, state = step + count, iterator.get_state()
+            assert state == states[step]
+
+
+def test_resume_through_orbax(stream, corpus, config, tmp_path):
+    batches, _ = stream
+    size = len(batches) // EPOCHS
+    steps = (0, 3, size - 1, size + 2)
+    with ocp.CheckpointManager(tmp_path.absolute()) as manager:
+        iterator = make_train_iterator(corpus, config)
+        for step in range(steps[-1] + 1):
+            if step in steps:
+                args = ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator))
+                manager.save(step, args=args)
+            next(iterator)
+        manager.wait_until_finished()
+        for step in steps:
+            resumed = make_train_iterator(corpus, config)
+            args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed))
+            manager.restore(step, args=args)
+            expected = batches[step : step + 9]
+            assert_same(take(resumed, len(expected)), expected)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_global_batches_do_not_depend_on_the_hosts(stream, corpus, config, hosts):
+    batches, states = stream
+    count, resumed_at = 12, 5
+    shards = []
+    for host in range(hosts):
+        iterator = make_train_iterator(corpus, config, shard_index=host, shard_count=hosts)
+        shards.append(take(iterator, count))
+        assert iterator.get_state() == states[count]  # so hosts may also change on a resume
+        iterator.set_state(states[resumed_at])
+        assert_same(take(iterator, count - resumed_at), shards[-1][resumed_at:])
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shards, strict=True)
+    ]
+    assert_same(joined, batches[:count])
+
+
+def test_a_state_of_other_data_is_refused(stream, corpus, config):
+    state = stream[1][4]
+    for name, change in (("data.seed", {"seed": 4}), ("data.seq_len", {"seq_len": 32})):
+        iterator = make_train_iterator(corpus, dataclasses.replace(config, **change))
+        with pytest.raises(ValueError, match=f"{name}: expected .* as in the checkpoint, got"):
+            iterator.set_state(state)
+    other = dataclasses.replace(corpus, train=corpus.train[1:])
+    with pytest.raises(ValueError, match="data.source .*: expected .* as in the checkpoint"):
+        make_train_iterator(other, config).set_state(state)
+
+
+def test_hosts_must_divide_the_batch(corpus, config):
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 hosts, got 8"):
+        make_train_iterator(corpus, config, shard_count=3)
+
+
+# The held-out part
+
+
+def test_held_out_scores_every_token_once(corpus, config):
+    batches = held_out_batches(corpus, config, rows=6)
+    assert_same(batches, held_out_batches(corpus, config, rows=6))
+    for batch in batches:
+        assert all(array.shape == (6, SEQ_LEN) for array in batch.values())
+        assert all(array.dtype == np.int32 for array in batch.values())
+    documents = each_document(corpus.held_out)
+    assert bigrams(segments(batches)) == bigrams(documents)
+    decoded = "".join(corpus.tokenizer.decode(document) for document in documents)
+    assert decoded.encode() == corpus.held_out_text
+
+
+def test_held_out_rows_of_hosts(corpus, config):
+    whole = held_out_batches(corpus, config, rows=6)
+    halves = [
+        held_out_batches(corpus, config, rows=6, shard_index=i, shard_count=2) for i in range(2)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*halves, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100, 101, 102, 103, 10**6])
+def test_held_out_bytes_bound(config, limit, tmp_path):
+    corpus = prepare_corpus(
+        dataclasses.replace(config, held_out_bytes=limit), vocab_size=VOCAB_SIZE, workdir=tmp_path
+    )
+    whole = "".join(document.text for document in read(config).held_out).encode()
+    got = corpus.held_out_text
+    assert whole.startswith(got)
+    longest_character = 3  # bytes in the test's alphabet
+    assert min(limit, len(whole)) - longest_character < len(got) <= limit
+    decoded = [corpus.tokenizer.decode(document) for document in each_document(corpus.held_out)]
+    assert "".join(decoded).encode() == got
+
+
+def test_held_out_bytes_without_room(tmp_path):
+    (tmp_path / "a.txt").write_text("漢字" * 50, encoding="utf-8")
+    config = DataConfig(
+        source=str(tmp_path / "a.txt"), seq_len=SEQ_LEN, batch_size=8, held_out_bytes=2
+    )
+    with pytest.raises(ValueError, match="data.held_out_bytes: expected room for a character"):
+        prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+
+
+def test_baselines_are_bits_per_byte():
+    noise = random.Random(0).randbytes(20_000)
+    assert all(8.0 <= figure < 8.2 for figure in baseline_bits_per_byte(noise).values())
+    figures = baseline_bits_per_byte(b"ab" * 10_000)
+    assert set(figures) == {"gzip", "xz"}
+    assert all(0 < figure < 0.1 for figure in figures.values())
+
+
+# Sources
+
+
+def test_stdlib_split():
+    corpus = read_corpus("stdlib", text_field="text", held_out_fraction=0.03)
+    train, held_out = ([d.name for d in part] for part in (corpus.train, corpus.held_out))
+    assert len(train) > 300 and train == sorted(train, key=lambda name: name.split("/"))
+    assert not set(train) & set(held_out)
+    assert round(0.03 * len(train + held_out)) == len(held_out)
+    folders = {part for name in train + held_out for part in name.split("/")[:-1]}
+    assert "json" in folders and not folders & {"test", "tests", "idle_test", "site-packages"}
+
+
+def test_directory_split_follows_the_path_alone(folder, config):
+    first = read(config)
+    assert len(first.held_out) == 12
+    assert not {d.name for d in first.train} & {d.name for d in first.held_out}
+    assert all((folder / d.name).read_text(encoding="utf-8") == d.text for d in first.train)
+
+
+def test_hidden_and_empty_files_are_left_out(tmp_path):
+    for name in ("a.txt", "b.txt", ".hidden", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"text")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    corpus = read_corpus(str(tmp_path), text_field="text", held_out_fraction=0.1)
+    assert {d.name for d in corpus.train + corpus.held_out} == {"a.txt", "b.txt"}
+    assert len(corpus.held_out) == 1  # of few documents, one
+
+
+def test_the_tail_of_a_text_is_held_out(tmp_path):
+    text = "line\r\n" * 100
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    corpus = read_corpus(str(tmp_path / "a.txt"), text_field="text", held_out_fraction=0.1)
+    assert (corpus.train[0].text, corpus.held_out[0].text) == (text[:540], text[540:])
+
+
+def test_equal_lines_stay_in_one_part(tmp_path):
+    lines = [json.dumps({"body": f"text {number % 10}"}) for number in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    for source in (tmp_path / "a.jsonl", tmp_path):
+        corpus = read_corpus(str(source), text_field="body", held_out_fraction=0.07)
+        train, held_out = ([d.text for d in part] for part in (corpus.train, corpus.held_out))
+        assert len(train + held_out) == 50
+        assert held_out and not set(train) & set(held_out)
+
+
+BAD_SOURCES = {
+    "bad UTF-8": ("a.txt", b"abc\xff", "a.txt: expected UTF-8 text, got byte 0xff at offset 3"),
+    "cut character": ("a.txt", "é".encode()[:1], "got byte 0xc3 at offset 0"),
+    "empty": ("a.txt", b"", "expected text, but there is none in .*a.txt"),
+    "empty lines": ("a.jsonl", b"\n \n", "expected text, but there is none"),
+    "empty texts": ("a.jsonl", b'{"text": ""}\n', "expected text, but there is none"),
+    "one character": ("a.txt", b"x", "nothing of .*a.txt .* is trained on"),
+    "one line": ("a.jsonl", b'{"text": "x"}', "nothing of .* is trained on"),
+    "no JSON": ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2: expected a JSON object, got"),
+    "deep JSON": ("a.jsonl", b"[" * 100_000, "a.jsonl:1: expected a JSON object, got"),
+    "long number": ("a.jsonl", b"1" * 10_000, "a.jsonl:1: expected a JSON object, got"),
+    "no object": ("a.jsonl", b"[1]", 'a.jsonl:1: expected an object with a string "text".* list'),
+    "no field": ("a.jsonl", b'{"body": "x"}', 'string "text", got body; name the right key'),
+    "no string": ("a.jsonl", b'{"text": 1}', 'string "text", got text'),
+    "surrogate": ("a.jsonl", rb'{"text": "\ud800"}', "a.jsonl:1: .* half of a surrogate pair"),
+    "bad UTF-8 in a line": ("a.jsonl", b"\n\xff", "a.jsonl:2: .* byte 0xff at offset 0"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
+def test_bad_sources_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_corpus(str(tmp_path / name), text_field="text", held_out_fraction=0.1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", "absent.txt", "absent/"])
+def test_missing_sources_are_refused(source):
+    with pytest.raises(ValueError, match=f"data.source: expected .* but '{source}' does not exist"):
+        read_corpus(source, text_field="text", held_out_fraction=0.1)
+
+
+def test_unreadable_files_are_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.txt").write_bytes(b"text")
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read any file
+    with pytest.raises(ValueError, match="cannot read .*a.txt: Permission denied; check its"):
+        read_corpus(str(tmp_path), text_field="text", held_out_fraction=0.1)
+
+
+def test_empty_and_binary_directories_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected text, but there is none"):
+        read_corpus(str(tmp_path), text_field="text", held_out_fraction=0.1)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="image.png: expected UTF-8 text, got byte 0x89"):
+        read_corpus(str(tmp_path), text_field="text", held_out_fraction=0.1)
+
+
+# The workdir
+
+
+def test_encoded_text_is_kept_and_made_again_when_stale_or_damaged(config, tmp_path, corpus):
+    kept = tmp_path / TOKENS_FILE
+
+    def prepared(**changes):
+        changed = dataclasses.replace(config, **changes)
+        return prepare_corpus(changed, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+
+    def assert_is_corpus(other):
+        for part in ("train", "held_out"):
+            expected, got = getattr(corpus, part), getattr(other, part)
+            np.testing.assert_array_equal(got.tokens, expected.tokens)
+            np.testing.assert_array_equal(got.starts, expected.starts)
+
+    assert_is_corpus(prepared())
+    written = kept.stat().st_ino
+    assert_is_corpus(prepared())
+    assert kept.stat().st_ino == written
+    good = kept.read_bytes()
+    for damaged in (b"", good[:-4], good[:40], bytes([*good[:-1], good[-1] ^ 1])):
+        kept.write_bytes(damaged)
+        assert_is_corpus(prepared())
+        assert kept.read_bytes() == good
+    prepared(held_out_fraction=0.2)
+    assert kept.read_bytes() != good
+    assert_is_corpus(prepared())
+
+
+def test_unwritable_workdirs_are_refused(config, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match="workdir: cannot write .*tokenizer.json"):
+        prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path / "file")

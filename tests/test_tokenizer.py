@@ -1,0 +1,213 @@
+"""The tokenizer keeps every byte, cannot be forged by text, and refuses what it cannot use."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4_jax import tokenizer as tokenizer_module
+from dsv4_jax.tokenizer import (
+    BOS,
+    EOS,
+    TOKENIZER_FILE,
+    Tokenizer,
+    check_token_ids,
+    load_tokenizer,
+    tokenizer_of_run,
+    train_tokenizer,
+    write_atomically,
+)
+
+VOCAB_SIZE = 300
+TEXTS = ["def add(a, b):\n    return a + b\n", "def sub(a, b):\n    return a - b\n", "é 漢字"] * 3
+TOKENIZER = train_tokenizer(TEXTS, vocab_size=VOCAB_SIZE)
+
+
+def edited(**fields) -> str:
+    return json.dumps({**json.loads(TOKENIZER.specification), **fields})
+
+
+@given(st.text())
+def test_any_text_survives(text):
+    ids = TOKENIZER.encode(text)
+    assert ids.dtype == np.int32
+    assert TOKENIZER.decode(ids) == text
+    check_token_ids(ids, TOKENIZER.vocab_size)
+
+
+def test_trained_ids():
+    assert (TOKENIZER.bos_id, TOKENIZER.eos_id) == (0, 1)
+    assert 258 < TOKENIZER.vocab_size <= VOCAB_SIZE
+    assert len(TOKENIZER.encode("return a")) < len("return a")
+
+
+def test_training_is_deterministic():
+    again = train_tokenizer(TEXTS, vocab_size=VOCAB_SIZE)
+    assert again.specification == TOKENIZER.specification
+
+
+def test_training_reads_a_bounded_part_of_the_text(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_PART", 40)
+    monkeypatch.setattr(tokenizer_module, "_TRAINING_CHARACTERS", 80)
+    texts = ["abab" * 10, "cdcd" * 10] * 2  # 160 characters in 4 parts: every second is read
+    trained = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
+    assert len(trained.encode("abab" * 10)) < 40
+    assert len(trained.encode("cdcd" * 10)) == 40
+
+
+def test_documents_are_bos_text_eos(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_PART", 7)
+    monkeypatch.setattr(tokenizer_module, "_PARTS_AT_ONCE", 2)
+    documents = TOKENIZER.encode_documents([*TEXTS, "x"])
+    for document, text in zip(documents, [*TEXTS, "x"], strict=True):
+        assert document.dtype == np.int32
+        assert (document[0], document[-1]) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
+        assert TOKENIZER.decode(document[1:-1]) == text
+        assert np.array_equal(document[1:-1], TOKENIZER.encode(text))
+
+
+def test_decode_leaves_out_bos_and_eos_and_marks_unknown_ids():
+    assert TOKENIZER.decode([0, *TOKENIZER.encode("a"), 1]) == "a"
+    assert TOKENIZER.decode([TOKENIZER.vocab_size, -1, *TOKENIZER.encode("a")]) == "\ufffd\ufffda"
+
+
+def test_text_cannot_forge_control_tokens():
+    think = {
+        "id": TOKENIZER.vocab_size, "content": "<think>", "special": False, "normalized": False,
+        "single_word": False, "lstrip": False, "rstrip": False,
+    }
+    added = [*json.loads(TOKENIZER.specification)["added_tokens"], think]
+    tokenizer = Tokenizer(edited(added_tokens=added), "here")
+    assert tokenizer.vocab_size == TOKENIZER.vocab_size + 1
+    assert tokenizer.decode([think["id"]]) == "<think>"
+    text = f"{BOS}<think>x{EOS}"
+    ids = tokenizer.encode(text)
+    assert not {0, 1, think["id"]} & set(ids.tolist())
+    assert tokenizer.decode(ids) == text
+
+
+def test_truncation_of_a_given_tokenizer_is_not_applied():
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    tokenizer = Tokenizer(edited(truncation=truncation), "here")
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_a_run_trains_once_and_keeps_its_tokenizer(tmp_path):
+    first = tokenizer_of_run(TEXTS, path=None, workdir=tmp_path, vocab_size=VOCAB_SIZE)
+    assert first.specification == TOKENIZER.specification
+    other = tokenizer_of_run(["other text"], path=None, workdir=tmp_path, vocab_size=VOCAB_SIZE)
+    assert other.specification == first.specification
+    assert [path.name for path in tmp_path.iterdir()] == [TOKENIZER_FILE]
+
+
+def test_a_named_tokenizer_is_used_instead(tmp_path):
+    named = tmp_path / "named.json"
+    write_atomically(named, TOKENIZER.specification.encode())
+    got = tokenizer_of_run(["y"], path=str(named), workdir=tmp_path / "w", vocab_size=VOCAB_SIZE)
+    assert got.specification == TOKENIZER.specification
+    assert not (tmp_path / "w").exists()
+
+
+VOCAB = json.loads(TOKENIZER.specification)["model"]["vocab"]
+BAD_SPECIFICATIONS = {
+    "empty": "",
+    "truncated": TOKENIZER.specification[:1000],
+    "not an object": "[1, 2]",
+    "no model": "{}",
+    "merge of unknown tokens": edited(
+        model={**json.loads(TOKENIZER.specification)["model"], "merges": [["zq", "qz"]]}
+    ),
+    "a byte is missing": edited(
+        model={
+            "type": "BPE",
+            "vocab": {token: i for token, i in VOCAB.items() if token != "Z"},
+            "merges": [],
+        }
+    ),
+    "no EOS": edited(
+        added_tokens=[],
+        model={
+            "type": "BPE",
+            "vocab": {token: i for token, i in VOCAB.items() if token != EOS},
+            "merges": [],
+        },
+    ),
+    "lossy": edited(normalizer={"type": "NFKC"}),
+    "lower case": edited(normalizer={"type": "Lowercase"}),
+}
+
+
+@pytest.mark.parametrize("specification", BAD_SPECIFICATIONS.values(), ids=BAD_SPECIFICATIONS)
+def test_bad_tokenizers_are_refused(tmp_path, specification):
+    path = tmp_path / "bad.json"
+    path.write_text(specification)
+    with pytest.raises(ValueError, match="bad.json: expected") as error:
+        load_tokenizer(path, vocab_size=VOCAB_SIZE)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*absent.json"):
+        load_tokenizer(tmp_path / "absent.json", vocab_size=VOCAB_SIZE)
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(ValueError, match="cannot read .*latin.json"):
+        load_tokenizer(tmp_path / "latin.json", vocab_size=VOCAB_SIZE)
+
+
+def test_a_tokenizer_must_fit_the_model(tmp_path):
+    path = tmp_path / TOKENIZER_FILE
+    write_atomically(path, TOKENIZER.specification.encode())
+    size = TOKENIZER.vocab_size
+    assert load_tokenizer(path, vocab_size=size).vocab_size == size
+    with pytest.raises(ValueError, match=rf"at most {size - 1} token ids .* got {size}"):
+        load_tokenizer(path, vocab_size=size - 1)
+
+
+def test_a_vocabulary_must_hold_all_bytes():
+    with pytest.raises(ValueError, match="model.vocab_size: expected at least 258 .* got 257"):
+        train_tokenizer(TEXTS, vocab_size=257)
+    assert train_tokenizer(TEXTS, vocab_size=258).vocab_size == 258
+
+
+def test_half_surrogate_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"text: expected .* got '\\ud800' at character 2"):
+        TOKENIZER.encode("ab\ud800")
+
+
+@pytest.mark.parametrize("ids", [[], [0], [9], [0, 9], np.array([[1, 2], [3, 9]], np.uint16)])
+def test_ids_in_range_pass(ids):
+    check_token_ids(ids, 10)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, -1], r"0 to 9 \(vocab_size 10\), got -1 at index \(1,\)"),
+        ([[1, 2], [10, 3]], r"0 to 9 \(vocab_size 10\), got 10 at index \(1, 0\)"),
+        ([2**31], "got 2147483648"),
+        ([2**70], "expected integers, got object"),
+        ([1.0], "expected integers, got float64"),
+        ([True], "expected integers, got bool"),
+    ],
+)
+def test_ids_out_of_range_are_refused(ids, message):
+    with pytest.raises(ValueError, match=message):
+        check_token_ids(ids, 10)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")
+    with pytest.raises(ValueError, match="workdir: cannot write .*choose a writable folder"):
+        write_atomically(path / "below a file", b"new")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="workdir: cannot write"):
+        write_atomically(tmp_path / "folder", b"new")
+    assert path.read_bytes() == b"old"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
