@@ -12,7 +12,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from dsv4_jax import ModelConfig, Runtime, Transformer, init_params
@@ -47,8 +46,9 @@ def measure(config: ModelConfig, length: int) -> tuple[float, int, float, float]
     tokens = jax.random.randint(jax.random.key(1), (1, length), 0, config.vocab_size)
 
     def loss(trainable, tokens):
-        logits = model.apply({"params": merge(trainable, frozen)}, tokens)
-        return next_token_loss(logits, tokens)
+        params = merge(trainable, frozen)
+        features = model.apply({"params": params}, tokens, method="features")
+        return next_token_loss(features.hidden, params["head"], tokens)
 
     step = jax.value_and_grad(loss)
     flops = count_flops(step, trainable, tokens)
@@ -66,7 +66,8 @@ def measure(config: ModelConfig, length: int) -> tuple[float, int, float, float]
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"expected flags only, got {argv[1]!r}")
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DTYPE.value}, forward + backward")
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}, {DTYPE.value}, forward and backward")
     print("| layer | tokens | seconds | temporary MB | GFLOP | of which matmul |")
     print("|---|---|---|---|---|---|")
     for layer in LAYERS.value:

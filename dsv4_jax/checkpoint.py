@@ -7,7 +7,6 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from dsv4_jax.data import TrainIterator
 from dsv4_jax.errors import InputError
 
 # What a run may not change when it continues: these shape the state or the order of the data.
@@ -17,63 +16,67 @@ FIXED_KEYS = ("model", "data.source", "data.text_field", "data.tokenizer", "data
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, written in the background, newest kept."""
+    """The checkpoints of one workdir, written in the background, newest kept.
 
-    def __init__(self, workdir: Path, *, keep: int):
+    Args:
+      config: of the run, as JSON types; it is saved with every checkpoint.
+    Raises:
+      InputError: the newest checkpoint is of a run that differs in `FIXED_KEYS`.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int, config: dict):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options)
+        self._config = config
+        self.latest_step: int | None = self._manager.latest_step()  # of a complete checkpoint
+        if self.latest_step is not None:
+            saved = self._restore(self.latest_step, config=ocp.args.JsonRestore())["config"]
+            where = self._manager.directory / str(self.latest_step)
+            check_same_run(saved, config, str(where))
 
-    def latest_step(self) -> int | None:
-        """Return the step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, iterator: TrainIterator, config: dict) -> None:
+    def save(self, step: int, state: Any, place: dict) -> None:
         """Start to write a checkpoint; it appears under its name only when it is complete.
 
+        Blocks until the state is computed and, where it is on an accelerator, copied to the
+        host. On CPU the file is written from the state's own buffers; a step that the state is
+        donated to leaves these alone and takes new ones, because they are still referred to.
+
+        Args:
+          place: in the data, `TrainIterator.get_state()`.
         Raises:
           OSError: an earlier write failed, for instance for want of space.
         """
-        if step in self._manager.all_steps():
-            return
-        # The state of the data is the same on every host, so it is plain JSON, not grain's file
-        # per host: a run may go on with another number of hosts.
+        # The place is the same on every host, so it is plain JSON, not grain's file per host: a
+        # run may go on with another number of hosts.
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(iterator.get_state()),
-                config=ocp.args.JsonSave(config),
+                data=ocp.args.JsonSave(place),
+                config=ocp.args.JsonSave(self._config),
             ),
         )
 
-    def restore(self, step: int, like: Any, iterator: TrainIterator, config: dict) -> Any:
-        """Return the state saved at a step and put the iterator at its place.
+    def restore(self, like: Any) -> tuple[Any, dict]:
+        """Return the state and the place in the data of the latest step.
 
         Args:
           like: the tree of shapes, dtypes and shardings that the state is to have.
-          config: of the run that continues; it must agree with the saved one in `FIXED_KEYS`.
-        Raises:
-          InputError: the checkpoint was written with another config.
         """
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )["config"]
-        check_same_run(saved, config, str(self._manager.directory / str(step)))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-            ),
+        restored = self._restore(
+            self.latest_step, state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
         )
-        iterator.set_state(restored["data"])
-        return restored["state"]
+        return restored["state"], restored["data"]
 
     def close(self) -> None:
         """Wait for the last write and stop writing."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def _restore(self, step: int, **items) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def check_same_run(saved: dict, config: dict, where: str) -> None:

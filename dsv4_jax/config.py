@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.errors import InputError
+
 WINDOW, CSA, HCA = "window", "csa", "hca"
 HASH, LEARNED = "hash", "learned"
 ATTENTION_KINDS = (WINDOW, CSA, HCA)
@@ -22,7 +24,7 @@ class ModelConfig:
     Field names are those of the official `config.json`; the schedule is explicit.
 
     Raises:
-      ValueError: a dimension is impossible; the message names the field, what it must be and
+      InputError: a dimension is impossible; the message names the field, what it must be and
         what it is.
     Source: official config.json of V4-Flash and V4-Pro; report sections 2 and 4.2.1.
     """
@@ -80,7 +82,7 @@ class ModelConfig:
         """Read an HF or official `config.json`, given as a mapping, a file or its directory.
 
         Raises:
-          ValueError: a key or value is unknown, missing or not of this architecture.
+          InputError: a key or value is unknown, missing or not of this architecture.
         """
         from dsv4_jax.hf_config import model_config_from_hf
 
@@ -126,17 +128,17 @@ class Runtime:
         check_choice("Runtime.csa", self.csa, ("sparse", "dense"))
         check_choice("Runtime.moe", self.moe, ("auto", "blocks", "ragged"))
         if self.scan_unroll < 1:
-            raise ValueError(f"Runtime.scan_unroll: expected at least 1, got {self.scan_unroll}")
+            raise InputError(f"Runtime.scan_unroll: expected at least 1, got {self.scan_unroll}")
 
 
 def check_choice(name: str, value, choices: tuple) -> None:
-    """Raise a ValueError that lists the choices unless value is one of them."""
+    """Raise an InputError that lists the choices unless value is one of them."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        raise InputError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_field_types(config) -> None:
-    """Raise a ValueError naming the first field of a dataclass whose value is ill-typed.
+    """Raise an InputError naming the first field of a dataclass whose value is ill-typed.
 
     Understands the annotations that configs use: int, float (an int is taken), str, bool and
     `tuple[str, ...]`, each also with `| None`.
@@ -157,16 +159,16 @@ def check_field_types(config) -> None:
         else:
             continue
         if not correct:
-            raise ValueError(
+            raise InputError(
                 f"{type(config).__name__}.{field.name}: expected {annotation}, got {value!r}"
             )
 
 
 def _check_schedule(c: ModelConfig) -> None:
     if not c.layer_types:
-        raise ValueError("ModelConfig.layer_types: expected at least one layer, got none")
+        raise InputError("ModelConfig.layer_types: expected at least one layer, got none")
     if len(c.moe_types) != len(c.layer_types):
-        raise ValueError(
+        raise InputError(
             f"ModelConfig.moe_types: expected one entry per layer ({len(c.layer_types)}), "
             f"got {len(c.moe_types)}"
         )
@@ -183,7 +185,9 @@ def _check_dims(c: ModelConfig) -> None:
         value = getattr(c, field.name)
         if isinstance(value, (int, float)) and not (0 < value < float("inf")):
             if value != 0 or field.name not in non_negative:
-                raise ValueError(f"ModelConfig.{field.name}: expected a positive number, got {value}")
+                raise InputError(
+                    f"ModelConfig.{field.name}: expected a positive number, got {value}"
+                )
     rules = (
         ("qk_rope_head_dim", c.qk_rope_head_dim % 2 == 0, "even: it is rotated in pairs"),
         (
@@ -212,4 +216,4 @@ def _check_dims(c: ModelConfig) -> None:
     )
     for name, holds, expected in rules:
         if not holds:
-            raise ValueError(f"ModelConfig.{name}: expected {expected}, got {getattr(c, name)}")
+            raise InputError(f"ModelConfig.{name}: expected {expected}, got {getattr(c, name)}")

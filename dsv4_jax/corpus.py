@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from dsv4_jax.errors import InputError
+
 STDLIB = "stdlib"
 
 # Folders of the interpreter's library that are not its own sources, or that test them.
@@ -54,12 +56,12 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
       held_out_fraction: share of the documents (of the characters of a single text) to hold out,
         above 0 and below 1; where documents are few, one is held out.
     Raises:
-      ValueError: the source is missing, unreadable, empty, not UTF-8, not JSON lines, or too
+      InputError: the source is missing, unreadable, empty, not UTF-8, not JSON lines, or too
         small to be split; the message names the place.
     """
     documents = [document for document in _read_source(source, text_field) if document.text]
     if not documents:
-        raise ValueError(
+        raise InputError(
             f"data.source: expected text, but there is none in {source}; name a file with text, "
             f'a directory of such files or "{STDLIB}"'
         )
@@ -69,7 +71,7 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
         train, held_out = _split_documents(documents, held_out_fraction)
     if not (train and held_out):
         empty = "held out" if train else "trained on"
-        raise ValueError(
+        raise InputError(
             f"data.source: expected something to train on and something to hold out, but at "
             f"data.held_out_fraction={held_out_fraction} nothing of {source} "
             f"({len(documents)} documents) is {empty}; add text or change the fraction"
@@ -88,7 +90,7 @@ def _read_source(source: str, text_field: str) -> Iterator[Document]:
         return _read_directory(Path(source), text_field)
     if source and Path(source).is_file():
         return _read_file(Path(source), Path(source).name, text_field)
-    raise ValueError(
+    raise InputError(
         f'data.source: expected a file, a directory or "{STDLIB}", but {source!r} does not exist; '
         "check the path"
     )
@@ -124,16 +126,16 @@ def _text_of_line(line: bytes, place: str, text_field: str) -> str:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: expected a JSON object, got {error}; mend the line") from error
+        raise InputError(f"{place}: expected a JSON object, got {error}; mend the line") from error
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
+        raise InputError(
             f'{place}: expected an object with a string "{text_field}", got {found[:80] or "none"};'
             " name the right key as data.text_field"
         )
     text = record[text_field]
     if not _is_encodable(text):
-        raise ValueError(
+        raise InputError(
             f'{place}: expected text in "{text_field}", got half of a surrogate pair, which has '
             "no UTF-8 form; mend the line"
         )
@@ -180,7 +182,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise ValueError(
+    raise InputError(
         f"data.source: cannot read {error.filename}: {error.strerror}; check its permissions"
     ) from error
 
@@ -189,7 +191,7 @@ def _decode(data: bytes, place: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{place}: expected UTF-8 text, got byte 0x{data[error.start]:02x} at offset "
             f"{error.start}; convert the file or take it out"
         ) from error

@@ -23,6 +23,7 @@ import grain
 import numpy as np
 
 from dsv4_jax.corpus import read_corpus
+from dsv4_jax.errors import InputError
 from dsv4_jax.tokenizer import Tokenizer, tokenizer_of_run, write_atomically
 
 if TYPE_CHECKING:
@@ -110,11 +111,11 @@ class TrainIterator(grain.DatasetIterator):
         """Go to a saved place.
 
         Raises:
-          ValueError: the state was saved with other text, tokenizer, `seq_len` or seed.
+          InputError: the state was saved with other text, tokenizer, `seq_len` or seed.
         """
         for name, saved in state["identity"].items():
             if self._identity[name] != saved:
-                raise ValueError(
+                raise InputError(
                     f"{name}: expected {saved}, as in the checkpoint, got {self._identity[name]}; "
                     "resume with the same data or start in a new workdir"
                 )
@@ -131,7 +132,7 @@ def prepare_corpus(
     in the order of their hashes, the last one cut.
 
     Raises:
-      ValueError: the source, the tokenizer or the workdir cannot be used.
+      InputError: the source, the tokenizer or the workdir cannot be used.
     """
     corpus = read_corpus(
         config.source, text_field=config.text_field, held_out_fraction=config.held_out_fraction
@@ -162,7 +163,7 @@ def make_train_iterator(
     Args:
       shard_index: of this host, below `shard_count`.
     Raises:
-      ValueError: the hosts do not divide the rows.
+      InputError: the hosts do not divide the rows.
     """
     rows = _rows_of_shard(config.batch_size, shard_index, shard_count)
     pieces = grain.MapDataset.source(Pieces(corpus.train, config.seq_len))
@@ -192,7 +193,7 @@ def held_out_batches(
     Args:
       rows: of a batch, over all hosts.
     Raises:
-      ValueError: the hosts do not divide the rows.
+      InputError: the hosts do not divide the rows.
     """
     part = _rows_of_shard(rows, shard_index, shard_count)
     pieces = grain.MapDataset.source(Pieces(corpus.held_out, config.seq_len))
@@ -242,7 +243,7 @@ def _name_arrays(row: Batch) -> Batch:
 
 def _rows_of_shard(rows: int, index: int, count: int) -> slice:
     if rows % count:
-        raise ValueError(
+        raise InputError(
             f"data.batch_size: expected a multiple of the {count} hosts, got {rows} rows; change "
             "one of them"
         )
@@ -260,7 +261,7 @@ def _first_bytes(texts: list[str], limit: int) -> list[str]:
         if part != text:
             break
     if not kept:
-        raise ValueError("data.held_out_bytes: expected room for a character; raise it")
+        raise InputError("data.held_out_bytes: expected room for a character; raise it")
     return kept
 
 

@@ -14,10 +14,6 @@ from dsv4_jax.router import Routing
 from dsv4_jax.shapes import Array, Float, Hidden, Int
 from dsv4_jax.sharding import BATCH_AXES
 
-# Rows per block of the "blocks" form: enough to keep a CPU's matrix product busy, few enough
-# that the partly filled last block of each expert wastes little.
-BLOCK_ROWS = 64
-
 
 class ExpertWeights(NamedTuple):
     """The SwiGLU weights of all experts held here."""
@@ -81,21 +77,47 @@ def _compute_experts(
     """Sum the experts held here; ids past the last of them contribute nothing. float32."""
     b, t, d = x.shape
     count, chosen = weights.gate.shape[0], experts.reshape(b * t, -1)
+    weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     if implementation == "blocks":
         plan, block_expert = _plan_blocks(chosen, count)
-        product = partial(_product_by_block, block_expert=block_expert)
+        product = partial(_by_block, block_expert=block_expert)
     else:
         plan, sizes = _plan_groups(chosen, count)
-        product = partial(
-            jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32
-        )
+        product = partial(_by_group, sizes=sizes)
     rows = _dispatch(x.reshape(b * t, d), plan)
-    gate, up = (product(rows, w.astype(x.dtype)) for w in (weights.gate, weights.up))
-    # The weight of an expert scales its hidden layer, as in the reference, in float32.
     row_gates = jnp.take(gates.reshape(-1), plan.source, mode="fill", fill_value=0)
-    hidden = (clamped_swiglu(gate, up, limit) * row_gates[:, None]).astype(x.dtype)
-    out = _combine(product(hidden, weights.down.astype(x.dtype)), plan)
-    return out.reshape(b, t, d)
+    out = product(partial(_expert, limit=limit), rows, row_gates, weights)
+    return _combine(out, plan).reshape(b, t, d)
+
+
+def _expert(product, rows, row_gates, weights: ExpertWeights, *, limit: float):
+    """Run a SwiGLU expert; the expert's weight scales its hidden layer, as in the reference."""
+    gate, up = product(rows, weights.gate), product(rows, weights.up)
+    hidden = clamped_swiglu(gate, up, limit) * row_gates[:, None]
+    return product(hidden.astype(rows.dtype), weights.down)
+
+
+def _by_group(expert, rows, row_gates, weights: ExpertWeights, *, sizes: Int[Array, " e"]):
+    """Run all experts at once, on rows sorted by expert."""
+    product = partial(jax.lax.ragged_dot, group_sizes=sizes, preferred_element_type=jnp.float32)
+    return expert(product, rows, row_gates, weights)
+
+
+def _by_block(expert, rows, row_gates, weights: ExpertWeights, *, block_expert: Array):
+    """Run block after block, each with the weights of its one expert.
+
+    Nothing between the products outlives its block, which stays in cache, forward and backward.
+    """
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    @jax.checkpoint
+    def run(block):
+        rows, row_gates, index = block
+        return expert(product, rows, row_gates, jax.tree.map(lambda w: w[index], weights))
+
+    count = block_expert.size
+    blocks = (rows.reshape(count, -1, rows.shape[-1]), row_gates.reshape(count, -1), block_expert)
+    return jax.lax.map(run, blocks).reshape(rows.shape[0], -1)
 
 
 def _plan_groups(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " e"]]:
@@ -113,44 +135,22 @@ def _plan_blocks(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Arra
     """Give every expert whole blocks of rows; return the plan and the expert of each block."""
     plan, sizes = _plan_groups(experts, count)
     slots = experts.size
-    rows = (slots // BLOCK_ROWS + count) * BLOCK_ROWS
-    last_block = jnp.cumsum(-(-sizes // BLOCK_ROWS))
-    shift = (last_block - (-(-sizes // BLOCK_ROWS))) * BLOCK_ROWS - (jnp.cumsum(sizes) - sizes)
-    absent = plan.place == slots
+    size = _block_rows(slots, count)
+    rows = (slots // size + count) * size
+    blocks = -(-sizes // size)
+    last_block = jnp.cumsum(blocks)
+    shift = (last_block - blocks) * size - (jnp.cumsum(sizes) - sizes)
     place = plan.place + shift[jnp.minimum(experts, count - 1)]
-    place = jnp.where(absent, rows, place)
+    place = jnp.where(plan.place == slots, rows, place)
     source = jnp.full(rows, slots).at[place.reshape(-1)].set(jnp.arange(slots), mode="drop")
-    block = jnp.arange(rows // BLOCK_ROWS)
-    block_expert = jnp.searchsorted(last_block, block, side="right")
+    block_expert = jnp.searchsorted(last_block, jnp.arange(rows // size), side="right")
     return Plan(source, place), jnp.minimum(block_expert, count - 1)
 
 
-def _product_by_block(
-    rows: Float[Array, "rows x"], weights: Float[Array, "e x y"], block_expert: Array
-) -> Float[Array, "rows y"]:
-    blocks = rows.reshape(-1, BLOCK_ROWS, rows.shape[-1])
-    product = jnp.einsum(
-        "zpx,zxy->zpy", blocks, _pick(weights, block_expert), preferred_element_type=jnp.float32
-    )
-    return product.reshape(rows.shape[0], -1)
-
-
-@jax.custom_vjp
-def _pick(weights: Float[Array, "e x y"], index: Int[Array, " z"]) -> Float[Array, "z x y"]:
-    """Gather matrices; the gradient adds them up by a product with the one-hot index."""
-    return weights[index]
-
-
-def _pick_fwd(weights, index):
-    return weights[index], (index, weights.shape[0])
-
-
-def _pick_bwd(residuals, grad):
-    index, count = residuals
-    return jnp.einsum("ze,zxy->exy", jax.nn.one_hot(index, count, dtype=grad.dtype), grad), None
-
-
-_pick.defvjp(_pick_fwd, _pick_bwd)
+def _block_rows(slots: int, experts: int) -> int:
+    """Choose the rows of a block: at most 128, a matrix product that fits a CPU's cache; fewer
+    where experts have few rows, as the last block of each is on average half empty."""
+    return max(8, min(128, 2 ** (slots // experts).bit_length() // 2))
 
 
 # Moving token rows to expert rows and adding expert rows into token rows are each other's
@@ -173,5 +173,6 @@ _dispatch.defvjp(
     lambda x, plan: (_dispatch(x, plan), plan), lambda plan, grad: (_combine(grad, plan), None)
 )
 _combine.defvjp(
-    lambda rows, plan: (_combine(rows, plan), plan), lambda plan, grad: (_dispatch(grad, plan), None)
+    lambda rows, plan: (_combine(rows, plan), plan),
+    lambda plan, grad: (_dispatch(grad, plan), None),
 )

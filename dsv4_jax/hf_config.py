@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dsv4_jax.config import CSA, HASH, HCA, LEARNED, WINDOW, ModelConfig
+from dsv4_jax.errors import InputError
 from dsv4_jax.hf_keys import (
     ATTENTION_NAMES,
     INFERENCE,
@@ -36,22 +37,22 @@ def model_config_from_hf(source: Mapping | str | os.PathLike) -> ModelConfig:
     Args:
       source: the decoded object, a path of the file, or its directory.
     Raises:
-      ValueError: a key or value is unknown, missing or not of this architecture, or keys
+      InputError: a key or value is unknown, missing or not of this architecture, or keys
         contradict each other; one line that names the source and the key.
     Source: the released configurations; transformers 5.23 `DeepseekV4Config`.
     """
     where, config = _load(source)
     try:
         return _convert(config)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _load(source) -> tuple[str, dict]:
     if isinstance(source, Mapping):
         return "configuration", dict(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(
+        raise InputError(
             f"configuration: expected a mapping or a path, got {type(source).__name__}"
         )
     path = Path(source)
@@ -59,13 +60,13 @@ def _load(source) -> tuple[str, dict]:
         path = path / "config.json" if path.is_dir() else path
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r}: cannot be read: {error}") from error
+        raise InputError(f"{str(path)!r}: cannot be read: {error}") from error
     try:
         config = json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r}: expected JSON: {error}") from error
+        raise InputError(f"{str(path)!r}: expected JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{str(path)!r}: expected a JSON object, got {reprlib.repr(config)}")
+        raise InputError(f"{str(path)!r}: expected a JSON object, got {reprlib.repr(config)}")
     return repr(str(path)), config
 
 
@@ -75,7 +76,7 @@ def _unique_keys(pairs: list[tuple]) -> dict:
         Counter(key for key, _ in pairs).items(), key=lambda item: item[1], default=("", 0)
     )
     if count > 1:
-        raise ValueError(f"key {reprlib.repr(key)} occurs {count} times")
+        raise InputError(f"key {reprlib.repr(key)} occurs {count} times")
     return dict(pairs)
 
 
@@ -121,7 +122,7 @@ def _rates(config: dict) -> dict[str, int]:
         if alias in config:
             rate = _count(config, alias)
             if key in given and rate != rates[kind]:
-                raise ValueError(f"{alias}: expected compress_rates' {rates[kind]}, got {rate}")
+                raise InputError(f"{alias}: expected compress_rates' {rates[kind]}, got {rate}")
             rates[kind] = rate
     return rates
 
@@ -139,7 +140,7 @@ def _attention_kinds(config: dict, num_layers: int, rates: dict[str, int]) -> tu
 def _kinds_of_ratios(ratios, num_layers: int, rates: dict[str, int]) -> tuple[str, ...]:
     """Read one ratio per layer and perhaps one more, 0, for the multi-token prediction block."""
     if rates[CSA] == rates[HCA]:
-        raise ValueError(
+        raise InputError(
             f"compress_ratios: {rates[CSA]} is the ratio of both compressed kinds; give layer_types"
         )
     kind_of = {0: WINDOW, rates[CSA]: CSA, rates[HCA]: HCA}
@@ -155,7 +156,7 @@ def _moe_kinds(config: dict, num_layers: int, count_key: str) -> tuple[str, ...]
     if config.get(count_key) is not None:
         num_hash = _count(config, count_key)
         if num_hash > num_layers:
-            raise ValueError(f"{count_key}: expected at most {num_layers} layers, got {num_hash}")
+            raise InputError(f"{count_key}: expected at most {num_layers} layers, got {num_hash}")
         by_count = (HASH,) * num_hash + (LEARNED,) * (num_layers - num_hash)
     if config.get("mlp_layer_types") is not None:
         by_name = _look_up_list("mlp_layer_types", config["mlp_layer_types"], MOE_NAMES)
@@ -167,9 +168,9 @@ def _same(key_1: str, schedule_1, key_2: str, schedule_2) -> tuple[str, ...]:
     """Return the schedule that at least one of two keys gives, refusing a contradiction."""
     schedules = [schedule for schedule in (schedule_1, schedule_2) if schedule is not None]
     if not schedules:
-        raise ValueError(f"{key_1}: missing, and so is {key_2}; give one of them")
+        raise InputError(f"{key_1}: missing, and so is {key_2}; give one of them")
     if schedules[0] != schedules[-1]:
-        raise ValueError(f"{key_1}: contradicts {key_2}; give one of them")
+        raise InputError(f"{key_1}: contradicts {key_2}; give one of them")
     return schedules[0]
 
 
@@ -182,7 +183,7 @@ def _rotary(config: dict) -> dict:
         key for key in ("rope_parameters", "rope_scaling") if config.get(key) not in (None, {})
     ]
     if len(given) > 1:
-        raise ValueError("rope_scaling: given beside rope_parameters; give one of them")
+        raise InputError("rope_scaling: given beside rope_parameters; give one of them")
     name = given[0] if given else "rope_scaling"
     parameters = config[name] if given else {}
     if isinstance(parameters, Mapping) and {"main", "compress"} & parameters.keys():
@@ -206,7 +207,7 @@ def _nested_rotary(config: dict, name: str, parameters: Mapping) -> dict:
     _rope_type(main, groups[main], ("default",))
     yarn = _yarn(compress, groups[compress], own_keys)
     if yarn["yarn_factor"] > 1 and "attention_factor" not in groups[compress]:
-        raise ValueError(
+        raise InputError(
             f"{compress}.attention_factor: missing, for which transformers scales attention by "
             "0.1 ln(factor) + 1; DeepSeek-V4 does not scale: write 1.0"
         )
@@ -264,11 +265,11 @@ def _rotated_width(config: dict, groups: dict) -> int:
             key = _join(name, "partial_rotary_factor")
             widths[key] = int(_number(config, "head_dim") * fraction)
     if not widths:
-        raise ValueError("qk_rope_head_dim: missing, and so is partial_rotary_factor")
+        raise InputError("qk_rope_head_dim: missing, and so is partial_rotary_factor")
     first = next(iter(widths))
     for key, width in widths.items():
         if width != widths[first]:
-            raise ValueError(
+            raise InputError(
                 f"{key}: expected a rotated width of {widths[first]} as {first} says, got {width}"
             )
     return widths[first]
@@ -284,13 +285,13 @@ def _join(name: str, key) -> str:
 def _check_keys(name: str, mapping, known) -> None:
     """Refuse what is not a mapping and keys that are not known, with the nearest known one."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{name}: expected an object, got {reprlib.repr(mapping)}")
+        raise InputError(f"{name}: expected an object, got {reprlib.repr(mapping)}")
     unknown = [key for key in mapping if key not in known]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), sorted(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         keys = ", ".join(map(reprlib.repr, unknown[:5]))
-        raise ValueError(f"{name}: unknown key {keys}{hint}".removeprefix(": "))
+        raise InputError(f"{name}: unknown key {keys}{hint}".removeprefix(": "))
 
 
 def _check_value(name: str, value, admitted) -> None:
@@ -299,19 +300,19 @@ def _check_value(name: str, value, admitted) -> None:
         if isinstance(value, bool) == isinstance(choice, bool) and value == choice:
             return
     choices = " or ".join(map(repr, admitted))
-    raise ValueError(f"{name}: expected {choices}, got {reprlib.repr(value)}")
+    raise InputError(f"{name}: expected {choices}, got {reprlib.repr(value)}")
 
 
 def _check_length(name: str, values, admitted: tuple[int, ...]) -> None:
     if len(values) not in admitted:
         choices = " or ".join(map(str, admitted))
-        raise ValueError(f"{name}: expected {choices} entries, one per layer, got {len(values)}")
+        raise InputError(f"{name}: expected {choices} entries, one per layer, got {len(values)}")
 
 
 def _look_up_list(name: str, values, table: dict) -> tuple:
     """Translate each entry of a list, refusing one that the table lacks by layer and value."""
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{name}: expected a list, got {reprlib.repr(values)}")
+        raise InputError(f"{name}: expected a list, got {reprlib.repr(values)}")
     for layer, value in enumerate(values):
         _check_value(f"{name}[{layer}]", value, table)
     return tuple(table[value] for value in values)
@@ -321,12 +322,12 @@ def _number(mapping: Mapping, key: str, name: str = "") -> int | float:
     """Return a number; ModelConfig checks its sign and whether it must be whole."""
     name = _join(name, key)
     if key not in mapping:
-        raise ValueError(f"{name}: missing")
+        raise InputError(f"{name}: missing")
     value = mapping[key]
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
-        raise ValueError(f"{name}: expected a number, got {reprlib.repr(value)}")
+        raise InputError(f"{name}: expected a number, got {reprlib.repr(value)}")
     if abs(value) > LARGEST:
-        raise ValueError(f"{name}: expected a size of at most {LARGEST}, got a larger one")
+        raise InputError(f"{name}: expected a size of at most {LARGEST}, got a larger one")
     return value
 
 
@@ -334,5 +335,5 @@ def _count(mapping: Mapping, key: str, name: str = "") -> int:
     """Return a whole number of at least 0."""
     value = _number(mapping, key, name)
     if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{_join(name, key)}: expected a whole number of at least 0, got {value}")
+        raise InputError(f"{_join(name, key)}: expected a whole number of at least 0, got {value}")
     return value

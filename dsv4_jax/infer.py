@@ -9,6 +9,7 @@ import numpy as np
 from dsv4_jax.errors import InputError
 from dsv4_jax.model import Transformer
 from dsv4_jax.shapes import Array, Float
+from dsv4_jax.tokenizer import check_token_ids
 
 
 def sample_token(
@@ -35,12 +36,16 @@ def generate(
 
     Args:
       prompt: ids, at least one.
+      temperature: divides the logits; 0 takes the likeliest token.
       stop_id: ends the text when it is drawn; it is not returned.
     Returns:
       The new ids, at most max_new_tokens.
+    Raises:
+      InputError: the prompt is empty or has ids outside the vocabulary.
     """
     if len(prompt) == 0:
         raise InputError("prompt: expected at least one token, got none; begin with BOS")
+    check_token_ids(prompt, model.config.vocab_size)
     row = np.zeros((1, len(prompt) + max_new_tokens), np.int32)
     row[0, : len(prompt)] = prompt
 

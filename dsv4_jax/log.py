@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from dsv4_jax.tokenizer import write_atomically
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -24,7 +26,7 @@ class RunLog:
     def __init__(self, workdir: Path, step: int):
         path = workdir / METRICS_FILE
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        write_atomically(path, "".join(kept).encode())
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -50,8 +52,12 @@ def timed(what: str) -> Iterator[None]:
     """Say what is being done, and then how long it took."""
     print(f"{what} ...", end="", flush=True)
     start = time.perf_counter()
-    yield
-    say(f" {time.perf_counter() - start:.1f} s")
+    outcome = "failed"
+    try:
+        yield
+        outcome = f"{time.perf_counter() - start:.1f} s"
+    finally:
+        say(f" {outcome}")
 
 
 def duration(seconds: float) -> str:

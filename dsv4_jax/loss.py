@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.shapes import Array, Float, Int, Logits, Tokens
+from dsv4_jax.chunks import map_chunks
+from dsv4_jax.shapes import Array, Float, Hidden, Int, Tokens
 
 
 def shifted_targets(
@@ -21,19 +22,30 @@ def shifted_targets(
 
 
 def token_nats(
-    logits: Logits, targets: Int[Array, "b t"], weights: Float[Array, "b t"]
+    hidden: Hidden, head: Float[Array, "d v"], targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
 ) -> Float[Array, ""]:
-    """Return the weighted sum of -log softmax(logits)[target], in nats."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
+    """Return the weighted sum of -log softmax(hidden head)[target], in nats.
+
+    Logits exist for a stretch of tokens at a time, in float32.
+    """
+
+    def nats(stretch):
+        hidden, targets = stretch
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    head = head.astype(hidden.dtype)
+    return jnp.sum(weights * map_chunks(nats, (hidden, targets), hidden.shape[0] * head.shape[1]))
 
 
 def next_token_loss(
-    logits: Logits, tokens: Tokens, segment_ids: Tokens | None = None
+    hidden: Hidden, head: Float[Array, "d v"], tokens: Tokens, segment_ids: Tokens | None = None
 ) -> Float[Array, ""]:
     """Return the mean cross-entropy of each token's successor in its document, nats per token.
 
     Where no token has a successor it is 0.
     """
     targets, weights = shifted_targets(tokens, segment_ids, 1)
-    return token_nats(logits, targets, weights) / jnp.maximum(jnp.sum(weights), 1)
+    return token_nats(hidden, head, targets, weights) / jnp.maximum(jnp.sum(weights), 1)

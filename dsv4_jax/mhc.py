@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.params import param
+from dsv4_jax.params import Init, constant, param
 from dsv4_jax.shapes import Array, Float, Hidden, Streams
 
 # Initial offsets of the static gates. A sublayer starts out reading and writing mostly one
@@ -19,30 +21,95 @@ OWN_STREAM, OTHER_STREAM = 1.0, -1.0
 COMB_DIAGONAL = 3.0
 
 
-def sinkhorn(matrix: Float[Array, "n m b t"], iterations: int, eps: float) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def sinkhorn(
+    matrix: Float[Array, "n m b t"], iterations: int, eps: float
+) -> Float[Array, "n m b t"]:
     """Normalise columns and rows in turn until each sums to one.
 
     M / (sum_n M + eps), then (iterations - 1) times M / (sum_m M + eps), M / (sum_n M + eps):
     it ends on the columns, whose sums are exact. Tokens lie on the last axes, where the small
     matrices would otherwise waste vector lanes.
 
+    All iterates are row[n] * matrix[n, m] * column[m], so the loop carries the two scalings
+    alone, and so do its gradient and what is stored for it.
+
     Source: report 2.2; fact sheet 2.2.
     """
+    return _sinkhorn_forward(matrix, iterations, eps)[0]
 
-    def by_columns(x):
-        return x / (jnp.sum(x, axis=0, keepdims=True) + eps)
 
-    def by_rows(x):
-        return x / (jnp.sum(x, axis=1, keepdims=True) + eps)
+def _sinkhorn_forward(matrix, iterations, eps):
+    def normalised(scale, sums):
+        return scale / (scale * sums + eps)
 
-    return jax.lax.fori_loop(0, iterations - 1, lambda _, x: by_columns(by_rows(x)), by_columns(matrix))
+    def step(i, carry):
+        row, column, rows, columns = carry
+        row = normalised(row, _sum_columns(matrix, column))
+        column = normalised(column, _sum_rows(matrix, row))
+        return row, column, rows.at[i].set(row), columns.at[i].set(column)
+
+    ones = jnp.ones_like(matrix[0])
+    column = normalised(ones, _sum_rows(matrix, ones))
+    history = jnp.zeros((iterations, *ones.shape), matrix.dtype)
+    row, column, rows, columns = jax.lax.fori_loop(
+        1, iterations, step, (ones, column, history.at[0].set(1), history.at[0].set(column))
+    )
+    return row[:, None] * matrix * column, (matrix, rows, columns)
+
+
+def _sinkhorn_backward(iterations, eps, residuals, grad):
+    """Run the iterations backwards: d(s / (s x + eps)) = -s'^2 dx + eps (s' / s)^2 ds."""
+    matrix, rows, columns = residuals
+
+    def step(i, carry):
+        d_row, d_column, (row, column), (row_before, column_before), d_matrix = carry
+        d_sums = -d_column * column * column
+        d_column = eps * d_column * (column / column_before) ** 2
+        d_row = d_row + _sum_columns(matrix, d_sums)
+        d_matrix = d_matrix + row[:, None] * d_sums
+        d_sums = -d_row * row * row
+        d_row = eps * d_row * (row / row_before) ** 2
+        d_column = d_column + _sum_rows(matrix, d_sums)
+        d_matrix = d_matrix + d_sums[:, None] * column_before
+        # The scalings of the step after next are fetched here: read from the history where they
+        # are used, they would keep XLA on CPU from vectorising the arithmetic above.
+        return d_row, d_column, (row_before, column_before), scales(iterations - 3 - i), d_matrix
+
+    def scales(i):
+        i = jnp.maximum(i, 0)
+        return rows[i], columns[i]
+
+    last = scales(iterations - 1)
+    row, column = last
+    weighted = grad * matrix
+    carry = (
+        _sum_columns(weighted, column), _sum_rows(weighted, row), last, scales(iterations - 2),
+        grad * row[:, None] * column,
+    )
+    _, d_column, (_, column), _, d_matrix = jax.lax.fori_loop(0, iterations - 1, step, carry)
+    return (d_matrix - d_column * column * column,)
+
+
+sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
+
+
+def _sum_rows(matrix: Float[Array, "n m b t"], row: Float[Array, "n b t"]) -> Array:
+    """Return sum_n row[n] matrix[n, m]; written out, because XLA on CPU is slow at tiny sums."""
+    return sum(matrix[n] * row[n] for n in range(matrix.shape[0]))
+
+
+def _sum_columns(matrix: Float[Array, "n m b t"], column: Float[Array, "m b t"]) -> Array:
+    """Return sum_m matrix[n, m] column[m]."""
+    return sum(matrix[:, m] * column[m] for m in range(matrix.shape[1]))
 
 
 def mix_logits(streams: Streams, fn: Float[Array, "n d x"], eps: float) -> Float[Array, "x b t"]:
-    """Project all streams of a token, jointly normalised to unit mean square: (x fn) * rsqrt(...)."""
+    """Project a token's streams, jointly normalised to unit mean square."""
     streams = streams.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(streams * streams, axis=(2, 3)) + eps)
-    return jnp.einsum("btnd,ndx->xbt", streams, fn, precision="highest") * scale
+    logits = jnp.einsum("btnd,ndx->btx", streams, fn, precision="highest") * scale[..., None]
+    return jnp.moveaxis(logits, -1, 0)
 
 
 def collapse(streams: Streams, pre: Float[Array, "n b t"]) -> Hidden:
@@ -62,6 +129,22 @@ def expand(
     return (mixed + written).astype(streams.dtype)
 
 
+@functools.cache
+def own_stream_init(stream: int) -> Init:
+    """Favour one of the streams on the last axis."""
+
+    def init(key, shape, dtype):
+        own = jnp.arange(shape[-1]) == stream
+        return jnp.broadcast_to(jnp.where(own, OWN_STREAM, OTHER_STREAM), shape).astype(dtype)
+
+    return init
+
+
+def diagonal_init(key, shape, dtype):
+    """Favour the diagonal of the last two axes."""
+    return jnp.broadcast_to(COMB_DIAGONAL * jnp.eye(shape[-1]), shape).astype(dtype)
+
+
 class StreamMix(nn.Module):
     """The three gates of one sublayer: what it reads, what it writes, how streams mix."""
 
@@ -75,10 +158,10 @@ class StreamMix(nn.Module):
         fn_pre = param(self, "fn_pre", "streams width -> mix", (n, d, n))
         fn_post = param(self, "fn_post", "streams width -> mix", (n, d, n))
         fn_comb = param(self, "fn_comb", "streams width -> mix mix_in", (n, d, n, n))
-        base_pre = param(self, "base_pre", "mix", (n,), self._own_stream_init)
-        base_post = param(self, "base_post", "mix", (n,), self._own_stream_init)
-        base_comb = param(self, "base_comb", "mix mix_in", (n, n), _diagonal_init)
-        scale = param(self, "scale", "gate", (3,), nn.initializers.constant(c.hc_gate_init))
+        base_pre = param(self, "base_pre", "mix", (n,), own_stream_init(self.own_stream % n))
+        base_post = param(self, "base_post", "mix", (n,), own_stream_init(self.own_stream % n))
+        base_comb = param(self, "base_comb", "mix mix_in", (n, n), diagonal_init)
+        scale = param(self, "scale", "gate", (3,), constant(c.hc_gate_init))
 
         fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(n, d, n * n)], axis=-1)
         logits = mix_logits(streams, fn, c.rms_norm_eps)
@@ -87,10 +170,6 @@ class StreamMix(nn.Module):
         comb = logits[2 * n :].reshape(n, n, *logits.shape[1:])
         comb = jax.nn.softmax(comb * scale[2] + base_comb[:, :, None, None], axis=1) + c.hc_eps
         return pre, post, sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
-
-    def _own_stream_init(self, key, shape, dtype):
-        own = jnp.arange(shape[0]) == self.own_stream % shape[0]
-        return jnp.where(own, OWN_STREAM, OTHER_STREAM).astype(dtype)
 
 
 class StreamHead(nn.Module):
@@ -103,11 +182,7 @@ class StreamHead(nn.Module):
         c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
         fn = param(self, "fn", "streams width -> mix", (n, d, n))
         base = param(self, "base", "mix", (n,), nn.initializers.zeros)
-        scale = param(self, "scale", "gate", (1,), nn.initializers.constant(c.hc_gate_init))
+        scale = param(self, "scale", "gate", (1,), constant(c.hc_gate_init))
         logits = mix_logits(streams, fn, c.rms_norm_eps)
         weight = jax.nn.sigmoid(logits * scale[0] + base[:, None, None]) + c.hc_eps
         return collapse(streams, weight)
-
-
-def _diagonal_init(key, shape, dtype):
-    return COMB_DIAGONAL * jnp.eye(*shape, dtype=dtype)

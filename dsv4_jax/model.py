@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dsv4_jax.attention import Places
@@ -16,7 +17,7 @@ from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.mtp import MultiTokenPrediction, next_in_document
-from dsv4_jax.params import param
+from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.router import RouterStats
 from dsv4_jax.shapes import Hidden, Logits, Streams, Tokens
@@ -27,9 +28,10 @@ class Features(NamedTuple):
     """What one forward pass yields for losses, balancing and inspection."""
 
     streams: Streams  # after the last layer
-    hidden: Hidden  # normalised; the head's input
-    logits: Logits  # of the next token, float32
-    mtp_logits: Logits | None  # of the token after the next, float32
+    hidden: Hidden  # normalised; the head makes the next token's logits of it
+    mtp_hidden: Hidden | None  # the same for the token after the next
+    logits: Logits  # float32
+    mtp_logits: Logits | None  # float32
     router: dict[str, RouterStats]  # by the path of the layer's block; scanned layers stacked
 
 
@@ -111,14 +113,16 @@ class Transformer(nn.Module):
         streams = jnp.broadcast_to(x[:, :, None], (*tokens.shape, c.hc_mult, c.hidden_size))
         streams, router = self._layers(streams, batch)
         hidden = rms_norm(StreamHead(c, name="head_mix")(streams), final_norm, eps=c.rms_norm_eps)
-        mtp_logits = None
+        mtp_hidden = mtp_logits = None
         if mtp and c.num_nextn_predict_layers:
             after, exists = next_in_document(tokens, segment_ids)
             embedded = jnp.where(exists[..., None], table[after], 0).astype(dtype)
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
-            vectors, router["mtp/block"] = block(streams, embedded, batch._replace(tokens=after))
-            mtp_logits = self._logits(vectors, head)
-        return Features(streams, hidden, self._logits(hidden, head), mtp_logits, router)
+            mtp_batch = batch._replace(tokens=after)
+            mtp_hidden, router["mtp/block"] = block(streams, embedded, mtp_batch)
+            mtp_logits = self._logits(mtp_hidden, head)
+        logits = self._logits(hidden, head)
+        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, router)
 
     def _layers(self, streams: Streams, batch: Batch) -> tuple[Streams, dict[str, RouterStats]]:
         c, runtime = self.config, self.runtime
@@ -149,21 +153,19 @@ class Transformer(nn.Module):
 
 
 def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> dict:
-    """Draw fresh float32 parameters; on a mesh each device makes only its own parts."""
-    init = jax.jit(
-        lambda key: nn.meta.unbox(_init_boxed(config, key)),
-        out_shardings=None if mesh is None else shardings_of(param_shapes(config), mesh),
-    )
-    return init(key)
+    """Draw fresh parameters; on a mesh each device makes only its own parts."""
+    boxed = param_shapes(config)
+    placed = flatten_dict({} if mesh is None else shardings_of(boxed, mesh))
+    return unflatten_dict({
+        path: draw(key_of(key, path), weight.init, weight.value.shape, placed.get(path))
+        for path, weight in flatten_dict(boxed).items()
+    })
 
 
 def param_shapes(config: ModelConfig) -> dict:
     """Return the tree of `params.Weight`s with shapes for values; nothing is computed."""
-    return jax.eval_shape(lambda key: _init_boxed(config, key), jax.random.key(0))
-
-
-def _init_boxed(config: ModelConfig, key: jax.Array) -> dict:
-    return Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    model, tokens = Transformer(config), jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(lambda key: model.init(key, tokens)["params"], jax.random.key(0))
 
 
 def _block_class(runtime: Runtime) -> type[Block]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,9 +11,15 @@ from flax import linen as nn
 from dsv4_jax.config import HASH, ModelConfig, Runtime
 from dsv4_jax.experts import ExpertWeights, routed_experts
 from dsv4_jax.layers import clamped_swiglu
-from dsv4_jax.params import param
+from dsv4_jax.params import Init, param
 from dsv4_jax.router import (
-    RouterStats, Routing, affinity, balanced_table, best_experts, expert_load, route,
+    RouterStats,
+    Routing,
+    affinity,
+    balanced_table,
+    best_experts,
+    expert_load,
+    route,
     sequence_balance,
 )
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Tokens
@@ -90,13 +98,21 @@ class MoE(nn.Module):
         c = self.config
         if self.kind == HASH:
             shape = (c.vocab_size, c.num_experts_per_tok)
-            return param(self, "hash_table", "table_row choice", shape, self._table_init)[tokens]
+            init = table_init(c.hash_seed, self.layer, c.n_routed_experts)
+            return param(self, "hash_table", "table_row choice", shape, init)[tokens]
         bias = param(
             self, "selection_bias", "router_experts", (c.n_routed_experts,),
             nn.initializers.zeros,
         )
         return best_experts(scores, bias, c.num_experts_per_tok)
 
-    def _table_init(self, key, shape, dtype):
-        seeded = jax.random.fold_in(jax.random.key(self.config.hash_seed), self.layer)
-        return balanced_table(seeded, shape[0], self.config.n_routed_experts, shape[1])
+
+@functools.cache
+def table_init(seed: int, layer: int, experts: int) -> Init:
+    """Make the hash-routing table of a layer; it depends on the config's seed alone."""
+
+    def init(key, shape, dtype):
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        return balanced_table(key, shape[0], experts, shape[1])
+
+    return init

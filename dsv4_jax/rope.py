@@ -51,7 +51,7 @@ def rotation(positions: Int[Array, "b t"], freqs: np.ndarray) -> Rotation:
 
 
 def rotate(x: Float[Array, "b t *heads k"], by: Rotation, *, inverse: bool = False) -> Array:
-    """Rotate the trailing channel pairs (2i, 2i + 1) of x: (a, b) -> (a cos - b sin, a sin + b cos).
+    """Rotate trailing channel pairs (2i, 2i + 1): (a, b) -> (a cos - b sin, a sin + b cos).
 
     The rotated width is twice the number of angles; the leading channels pass unchanged.
     `inverse` negates the angle. Computed in float32, returned in the dtype of x.

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from ml_collections import ConfigDict
 
 from dsv4_jax.config import ModelConfig, Runtime, check_choice, check_field_types
+from dsv4_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class DataConfig:
     """The text to train on and how it is cut into rows.
 
     Raises:
-      ValueError: a value is ill-typed or out of range; so for all configs in this file.
+      InputError: a value is ill-typed or out of range; so for all configs in this file.
     """
 
     source: str = "stdlib"  # "stdlib" (this Python's own sources), a text file, directory or .jsonl
@@ -148,7 +149,7 @@ class RunConfig:
     """One training run: a section for each of its parts.
 
     Raises:
-      ValueError: sections contradict each other; the message names the dotted keys.
+      InputError: sections contradict each other; the message names the dotted keys.
     """
 
     model: ModelConfig
@@ -163,12 +164,12 @@ class RunConfig:
         """Read a mapping of sections, such as `get_config()` in configs/ returns.
 
         Raises:
-          ValueError: one line with the dotted key that is unknown, missing, ill-typed or out of
+          InputError: one line with the dotted key that is unknown, missing, ill-typed or out of
             range, what was expected there and what came.
         """
         if not isinstance(config_dict, (ConfigDict, Mapping)):
-            raise ValueError(f"config: expected a mapping of sections, got {config_dict!r}")
-        _check_known("", config_dict, _SECTIONS)
+            raise InputError(f"config: expected a mapping of sections, got {config_dict!r}")
+        check_known("", config_dict, _SECTIONS)
         return cls(**{
             name: _read_section(name, kind, config_dict[name] if name in config_dict else {})
             for name, kind in _SECTIONS.items()
@@ -194,7 +195,7 @@ class RunConfig:
         )
         for key, value, holds, expected in rules:
             if not holds:
-                raise ValueError(f"{key}: expected {expected}, got {value}")
+                raise InputError(f"{key}: expected {expected}, got {value}")
 
 
 _SECTIONS = {
@@ -209,22 +210,22 @@ _SECTIONS = {
 
 def _read_section(section: str, kind: type, values: ConfigDict | Mapping):
     if not isinstance(values, (ConfigDict, Mapping)):
-        raise ValueError(f"{section}: expected a section of keys, got {values!r}")
+        raise InputError(f"{section}: expected a section of keys, got {values!r}")
     fields = _fields(kind)
-    _check_known(f"{section}.", values, fields)
+    check_known(f"{section}.", values, fields)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING
         if required and name not in values:
-            raise ValueError(
+            raise InputError(
                 f"{section}.{name}: expected {field.type}, got nothing; it has no default, set it "
                 f"in the config or by --config.{section}.{name}=VALUE"
             )
     try:
         return kind(**{key: _hashable(values[key]) for key in values})
-    except ValueError as error:
+    except InputError as error:
         # The types name themselves; here the reader knows them by their section.
         message = str(error).removeprefix(f"{kind.__name__}.")
-        raise ValueError(f"{section}.{message}") from error
+        raise InputError(f"{section}.{message}") from error
 
 
 def _fields(kind: type) -> dict[str, dataclasses.Field]:
@@ -235,20 +236,21 @@ def _fields(kind: type) -> dict[str, dataclasses.Field]:
     return fields
 
 
-def _check_known(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
+def check_known(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise an InputError for the first given key that is not known, with the closest known."""
     for key in given:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{prefix}{key}: expected a known key, got an unknown one; {hint}")
+            raise InputError(f"{prefix}{key}: expected a known key, got an unknown one; {hint}")
 
 
 def _check_rules(config, *rules: tuple[str, bool, str]) -> None:
-    """Raise a ValueError for the first (field, whether it holds, what is expected) that fails."""
+    """Raise an InputError for the first (field, whether it holds, what is expected) that fails."""
     for name, holds, expected in rules:
         if not holds:
             value = getattr(config, name)
-            raise ValueError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")
+            raise InputError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")
 
 
 def _is_positive(value: float) -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsv4_jax.errors import InputError
+
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TOKENIZER_FILE = "tokenizer.json"  # its name in a run's workdir
 
@@ -36,7 +38,7 @@ class Tokenizer:
         """Build from the content of a `tokenizer.json`; `place` names it in errors.
 
         Raises:
-          ValueError: it is no tokenizer, not byte-level, or has no BOS or EOS.
+          InputError: it is no tokenizer, not byte-level, or has no BOS or EOS.
         """
         self.specification = specification
         self._full = _build(specification, place)
@@ -47,7 +49,7 @@ class Tokenizer:
             self._id_of(byte, place)
         self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise ValueError(
+            raise InputError(
                 f"{place}: expected a byte-level BPE that keeps every byte, but encoding and "
                 "decoding changes text; use a byte-level tokenizer"
             )
@@ -57,7 +59,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise InputError(
                 f"text: expected characters with a UTF-8 form, got {text[error.start]!a} at "
                 f"character {error.start}; take it out"
             ) from error
@@ -90,7 +92,7 @@ class Tokenizer:
     def _id_of(self, token: str, place: str) -> int:
         found = self._full.token_to_id(token)
         if found is None:
-            raise ValueError(
+            raise InputError(
                 f"{place}: expected a byte-level BPE with {BOS} and {EOS}, but it has no token "
                 f"{token!r}; use a DeepSeek tokenizer or let the run train its own"
             )
@@ -118,15 +120,15 @@ def load_tokenizer(path: str | os.PathLike, *, vocab_size: int) -> Tokenizer:
     """Read a `tokenizer.json` whose ids fit a model's vocabulary.
 
     Raises:
-      ValueError: the file cannot be read or used, or has more ids than the model.
+      InputError: the file cannot be read or used, or has more ids than the model.
     """
     try:
         specification = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.tokenizer: cannot read {path}: {error}; check the path") from error
+        raise InputError(f"data.tokenizer: cannot read {path}: {error}; check the path") from error
     tokenizer = Tokenizer(specification, str(path))
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise InputError(
             f"{path}: expected at most {vocab_size} token ids (the model's vocab_size), got "
             f"{tokenizer.vocab_size}; use another tokenizer or a larger model.vocab_size"
         )
@@ -140,7 +142,7 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
     """
     smallest = 2 + len(_BYTES)
     if vocab_size < smallest:
-        raise ValueError(
+        raise InputError(
             f"model.vocab_size: expected at least {smallest} (256 bytes, BOS and EOS) to train a "
             f"tokenizer, got {vocab_size}; raise it or name a data.tokenizer"
         )
@@ -163,15 +165,15 @@ def check_token_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> None:
     """Refuse ids outside a vocabulary, which an embedding look-up would clamp or wrap in silence.
 
     Raises:
-      ValueError: an id is no integer, negative, or `vocab_size` or more.
+      InputError: an id is no integer, negative, or `vocab_size` or more.
     """
     ids = np.asarray(ids)
     if ids.size and ids.dtype.kind not in "iu":
-        raise ValueError(f"token ids: expected integers, got {ids.dtype}; encode the text first")
+        raise InputError(f"token ids: expected integers, got {ids.dtype}; encode the text first")
     outside = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(outside):
         index = tuple(outside[0].tolist())
-        raise ValueError(
+        raise InputError(
             f"token ids: expected 0 to {vocab_size - 1} (vocab_size {vocab_size}), got "
             f"{ids[index]} at index {index}; use the tokenizer of this model"
         )
@@ -181,7 +183,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, even if the process is killed.
 
     Raises:
-      ValueError: the folder cannot be written.
+      InputError: the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -192,7 +194,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"workdir: cannot write {path}: {error.strerror}; choose a writable folder with space"
         ) from error
     finally:
@@ -209,7 +211,7 @@ def _build(specification: str, place: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(specification)
     except Exception as error:  # the library raises no narrower class
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"{place}: expected a tokenizer.json, got a file that does not load ({reason}); "
             "name a good file, or delete it if it is the workdir's own"
         ) from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,20 +16,50 @@ from jax.sharding import Mesh
 
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.data import (
-    Batch, TokenizedCorpus, baseline_bits_per_byte, held_out_batches, make_train_iterator,
+    Batch,
+    TokenizedCorpus,
+    TrainIterator,
+    baseline_bits_per_byte,
+    held_out_batches,
+    make_train_iterator,
     prepare_corpus,
 )
-from dsv4_jax.errors import InputError
 from dsv4_jax.infer import generate
 from dsv4_jax.log import RunLog, duration, say, timed
+from dsv4_jax.model import param_shapes
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh
+from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
 from dsv4_jax.tokenizer import write_atomically
 from dsv4_jax.train_step import (
-    TrainState, abstract_state, init_state, make_evaluation, make_train_step, state_shardings,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_evaluation,
+    make_train_step,
+    state_shardings,
     transformer_of,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all parts of a run share."""
+
+    config: RunConfig
+    workdir: Path
+    mesh: Mesh | None  # None on one device
+    corpus: TokenizedCorpus
+
+    def place(self, batch: Batch, rows: int) -> dict[str, jax.Array]:
+        """Put this host's part of a batch of so many rows on its devices."""
+        if self.mesh is None:
+            return jax.device_put(batch)
+        sharding = batch_sharding(self.mesh, rows)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in batch.items()
+        }
 
 
 def train(config: RunConfig, workdir: str | Path) -> TrainState:
@@ -38,76 +71,78 @@ def train(config: RunConfig, workdir: str | Path) -> TrainState:
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used.
     """
-    workdir = _make_workdir(Path(workdir))
-    mesh = _mesh_of(config)
+    workdir, mesh = _make_workdir(Path(workdir)), _mesh_of(config)
     _announce_model(config, mesh)
-    with timed("reading, tokenizing and encoding the text"):
-        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
-    say(
-        f"data: {len(corpus.train.tokens):,} tokens in {len(corpus.train):,} documents to train "
-        f"on, {len(corpus.held_out_text):,} bytes held out"
-    )
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints)
-    try:
-        return _run(config, workdir, mesh, corpus, checkpoints)
-    finally:
-        checkpoints.close()
+    keep = config.train.keep_checkpoints
+    # Opened first: a run that may not go on here is refused before it writes anything else.
+    with closing(Checkpoints(workdir, keep=keep, config=config.to_dict())) as checkpoints:
+        run = _Run(config, workdir, mesh, _read_corpus(config, workdir))
+        return _train(run, checkpoints)
 
 
-def _run(
-    config: RunConfig, workdir: Path, mesh: Mesh | None, corpus: TokenizedCorpus,
-    checkpoints: Checkpoints,
-) -> TrainState:
+def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
+    config = run.config
     batches = make_train_iterator(
-        corpus, config.data, shard_index=jax.process_index(), shard_count=jax.process_count()
+        run.corpus, config.data, shard_index=jax.process_index(), shard_count=jax.process_count()
     )
-    first = checkpoints.latest_step()
-    if first is None:
-        first, state = 0, init_state(config, mesh)
+    first, state = _first_state(run, checkpoints, batches)
+    described = json.dumps(config.to_dict(), indent=1)
+    write_atomically(run.workdir / "config.json", described.encode())
+    evaluation = _Evaluation(run)
+    if first < config.train.steps:
+        with closing(RunLog(run.workdir, first)) as log:
+            state = _take_steps(run, state, first, batches, evaluation, checkpoints, log)
     else:
-        state = checkpoints.restore(first, abstract_state(config, mesh), batches, config.to_dict())
-        say(f"resumed from the checkpoint of step {first}")
-    write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1).encode())
-    evaluation = _Evaluation(config, mesh, corpus)
-    log, last = RunLog(workdir, first), config.train.steps
-    try:
-        if first < last:
-            state = _steps(config, mesh, state, first, batches, checkpoints, evaluation, log)
-        else:
-            say(f"the run is complete: {first} of {last} steps")
-            evaluation.report(state.params)
-    finally:
-        log.close()
-    _sample(config, mesh, corpus, state, workdir)
+        say(f"the run is complete: {first} of {config.train.steps} steps")
+        evaluation.report(state.params)
+    _write_sample(run, state)
     return state
 
 
-def _steps(config, mesh, state, first, batches, checkpoints, evaluation, log) -> TrainState:
-    """Take the remaining steps; evaluate and save when due, and at the end."""
-    plan, rows = config.train, config.data.batch_size
-    batch = _place(next(batches), mesh, rows)
-    step_fn = _compile_step(config, mesh, state, batch)
-    start = time.perf_counter()
+def _first_state(
+    run: _Run, checkpoints: Checkpoints, batches: TrainIterator
+) -> tuple[int, TrainState]:
+    """Return the steps taken and their state, with the batches at their place."""
+    step = checkpoints.latest_step
+    if step is None:
+        with timed("drawing the initial weights"):
+            return 0, jax.block_until_ready(init_state(run.config, run.mesh))
+    state, place = checkpoints.restore(abstract_state(run.config, run.mesh))
+    batches.set_state(place)
+    say(f"resumed from the checkpoint of step {step}")
+    return step, state
+
+
+def _take_steps(
+    run: _Run, state: TrainState, first: int, batches: TrainIterator, evaluation: _Evaluation,
+    checkpoints: Checkpoints, log: RunLog,
+) -> TrainState:
+    """Take the steps after `first`; log, evaluate and save when due, and at the end."""
+    plan, rows = run.config.train, run.config.data.batch_size
+
+    def due(every: int) -> bool:
+        return step % every == 0 or step == plan.steps
+
+    batch = run.place(next(batches), rows)
+    step_fn = _compile_step(run, state, batch)
+    since, start = first, time.perf_counter()
     for step in range(first + 1, plan.steps + 1):
         state, metrics = step_fn(state, batch)
-        due = step == plan.steps
-        if due or step % plan.checkpoint_every == 0:
-            # Before the next batch is taken: a resumed run takes that one first.
-            checkpoints.save(step, state, batches, config.to_dict())
-        if not due:
-            batch = _place(next(batches), mesh, rows)
-        if due or step % plan.log_every == 0:
+        # While the devices work: where a resumed run goes on, and the batch that it takes first.
+        place, batch = batches.get_state(), run.place(next(batches), rows)
+        if due(plan.log_every):
             values = {name: float(value) for name, value in metrics.items()}
-            elapsed, start = time.perf_counter() - start, time.perf_counter()
-            values["tokens_per_second"] = (
-                plan.log_every * rows * config.data.seq_len / elapsed
-            )
-            left = (plan.steps - step) * elapsed / plan.log_every
-            say(_step_line(step, plan.steps, values, left))
+            seconds = (time.perf_counter() - start) / (step - since)
+            values["tokens_per_second"] = batch["tokens"].size / seconds
+            say(_step_line(step, plan.steps, values, seconds * (plan.steps - step)))
             log.metrics(step, values)
-        if due or step % plan.eval_every == 0:
+            since, start = step, time.perf_counter()
+        if due(plan.eval_every):
             log.metrics(step, {"held_out_bits_per_byte": evaluation.report(state.params)})
-            start = time.perf_counter()
+            since, start = step, time.perf_counter()
+        if due(plan.checkpoint_every):
+            # After the log: what a checkpoint covers is neither lost nor logged twice.
+            checkpoints.save(step, state, place)
     return state
 
 
@@ -119,27 +154,27 @@ def _step_line(step: int, steps: int, values: dict[str, float], seconds_left: fl
     )
 
 
-def _compile_step(config: RunConfig, mesh: Mesh | None, state: TrainState, batch: Batch):
-    outputs = None if mesh is None else (state_shardings(config, mesh), None)
-    step = jax.jit(make_train_step(config, mesh), donate_argnums=0, out_shardings=outputs)
+def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    outputs = None if run.mesh is None else (state_shardings(run.config, run.mesh), None)
+    step = make_train_step(run.config, run.mesh)
     with timed("compiling the training step"):
-        return step.lower(state, batch).compile()
+        return jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(state, batch).compile()
 
 
 class _Evaluation:
     """Score the held-out text in bits per byte, beside what general compressors need for it."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh | None, corpus: TokenizedCorpus):
+    def __init__(self, run: _Run):
         # Rows of one micro-batch: what fits for training fits here.
-        rows = config.data.batch_size // config.train.accumulation
+        rows = run.config.data.batch_size // run.config.train.accumulation
         self._batches = held_out_batches(
-            corpus, config.data, rows=rows,
+            run.corpus, run.config.data, rows=rows,
             shard_index=jax.process_index(), shard_count=jax.process_count(),
         )
-        self._place = lambda batch: _place(batch, mesh, rows)
-        self._nats = jax.jit(make_evaluation(config, mesh))
-        self._bytes = len(corpus.held_out_text)
-        self._baselines = baseline_bits_per_byte(corpus.held_out_text)
+        self._place = partial(run.place, rows=rows)
+        self._nats = jax.jit(make_evaluation(run.config, run.mesh))
+        self._bytes = len(run.corpus.held_out_text)
+        self._baselines = baseline_bits_per_byte(run.corpus.held_out_text)
 
     def report(self, params: dict) -> float:
         """Print and return the bits per byte of the held-out text."""
@@ -150,32 +185,28 @@ class _Evaluation:
         return bits
 
 
-def _sample(
-    config: RunConfig, mesh: Mesh | None, corpus: TokenizedCorpus, state: TrainState,
-    workdir: Path,
-) -> None:
+def _write_sample(run: _Run, state: TrainState) -> None:
     """Print a text that the model continues from the prompt, and keep it in the workdir."""
-    plan, tokenizer = config.train, corpus.tokenizer
+    plan, tokenizer = run.config.train, run.corpus.tokenizer
     prompt = np.array([tokenizer.bos_id, *tokenizer.encode(plan.sample_prompt)], np.int32)
     new = generate(
-        transformer_of(config, None), state.params, prompt, max_new_tokens=plan.sample_tokens,
+        transformer_of(run.config), state.params, prompt, max_new_tokens=plan.sample_tokens,
         temperature=plan.sample_temperature, top_p=plan.sample_top_p, seed=plan.seed,
         stop_id=tokenizer.eos_id,
     )
     text = plan.sample_prompt + tokenizer.decode(new)
-    write_atomically(workdir / "sample.txt", text.encode())
+    write_atomically(run.workdir / "sample.txt", text.encode())
     say(f"sample:\n{text}")
 
 
-def _place(batch: Batch, mesh: Mesh | None, rows: int) -> dict[str, jax.Array]:
-    """Put this host's rows of a batch on its devices."""
-    if mesh is None:
-        return jax.device_put(batch)
-    sharding = batch_sharding(mesh, rows)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+def _read_corpus(config: RunConfig, workdir: Path) -> TokenizedCorpus:
+    with timed("reading, tokenizing and encoding the text"):
+        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+    say(
+        f"data: {len(corpus.train.tokens):,} tokens in {len(corpus.train):,} documents to train "
+        f"on, {len(corpus.held_out_text):,} bytes held out"
+    )
+    return corpus
 
 
 def _mesh_of(config: RunConfig) -> Mesh | None:
@@ -184,7 +215,9 @@ def _mesh_of(config: RunConfig) -> Mesh | None:
     if math.prod(sizes) == 1:
         return None
     mesh = make_mesh(sizes)
+    # The rows of a micro-batch and every axis of the model must fall into equal parts.
     batch_sharding(mesh, config.data.batch_size // config.train.accumulation)
+    shardings_of(param_shapes(config.model), mesh)
     return mesh
 
 
@@ -199,13 +232,8 @@ def _announce_model(config: RunConfig, mesh: Mesh | None) -> None:
 
 
 def _make_workdir(workdir: Path) -> Path:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(workdir / ".writable", b"")
-        (workdir / ".writable").unlink()
-    except OSError as error:
-        raise InputError(
-            f"workdir: expected a folder that can be written to, got {workdir} "
-            f"({error.strerror}); choose another --workdir"
-        ) from error
+    """Make the folder and try that it can be written to, before any work is lost for it."""
+    probe = workdir / ".writable"
+    write_atomically(probe, b"")
+    probe.unlink()
     return workdir

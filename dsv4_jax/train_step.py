@@ -9,13 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from dsv4_jax.loss import shifted_targets, token_nats
 from dsv4_jax.model import Transformer, init_params, param_shapes
 from dsv4_jax.optimizer import (
-    FROZEN, decay_start, label_leaves, learning_rate_schedule, make_optimizer,
+    FROZEN,
+    decay_start,
+    label_leaves,
+    learning_rate_schedule,
+    make_optimizer,
 )
 from dsv4_jax.params import kinds_of, merge, split_trainable
 from dsv4_jax.router import updated_bias
@@ -23,7 +28,7 @@ from dsv4_jax.run_config import RunConfig
 from dsv4_jax.shapes import Array, Float
 from dsv4_jax.sharding import replicated, shardings_of
 
-Batch = dict[str, Array]  # "tokens", "segment_ids", "positions": int32 [b, t]
+Batch = dict[str, Array]  # "tokens" and, if packed, "segment_ids" and "positions": int32 [b, t]
 Metrics = dict[str, Array]  # float32 scalars
 
 
@@ -51,12 +56,17 @@ def transformer_of(config: RunConfig, mesh: Mesh | None = None) -> Transformer:
 
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """Make the state that a run starts from; on a mesh it is born sharded, never whole."""
-    return jax.jit(lambda: _fresh_state(config), out_shardings=state_shardings(config, mesh))()
+    params = init_params(config.model, jax.random.key(config.train.seed), mesh)
+    placed = state_shardings(config, mesh)
+    init = jax.jit(
+        _optimizer_of(config).init, out_shardings=None if mesh is None else placed.opt_state
+    )
+    return TrainState(jnp.zeros((), jnp.int32), params, init(split_trainable(params)[0]))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """Return the shapes, dtypes and placement of a run's state; nothing is computed."""
-    shapes = jax.eval_shape(lambda: _fresh_state(config))
+    shapes = _state_shapes(config)
     if mesh is None:
         placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
@@ -71,7 +81,7 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     """Return the placement of a state: the optimizer's moments lie as their parameters do."""
     if mesh is None:
         return None
-    shapes = jax.eval_shape(lambda: _fresh_state(config))
+    shapes = _state_shapes(config)
     params = shardings_of(param_shapes(config.model), mesh)
     opt_state = optax.tree_map_params(
         _optimizer_of(config), lambda _, sharding: sharding, shapes.opt_state,
@@ -80,10 +90,10 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     return TrainState(replicated(mesh), params, opt_state)
 
 
-def _fresh_state(config: RunConfig) -> TrainState:
-    params = init_params(config.model, jax.random.key(config.train.seed))
-    opt_state = _optimizer_of(config).init(split_trainable(params)[0])
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+def _state_shapes(config: RunConfig) -> TrainState:
+    params = nn.meta.unbox(param_shapes(config.model))
+    opt_state = jax.eval_shape(_optimizer_of(config).init, split_trainable(params)[0])
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
 
 
 def make_train_step(
@@ -100,6 +110,7 @@ def make_train_step(
     labels = label_leaves(_trainable_kinds(config), config.optimizer)
     schedule = learning_rate_schedule(config.optimizer, train.steps)
     decays_from = decay_start(config.optimizer, train.steps)
+    placed = None if mesh is None else split_trainable(state_shardings(config, mesh).params)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_trainable(state.params)
@@ -113,9 +124,14 @@ def make_train_step(
             sums = _forward(model, merge(trainable, frozen), rows, 1 / train.accumulation)
             return jnp.dot(weights, jnp.stack(sums[:3])), sums
 
-        gradients, sums = _accumulate(
-            jax.grad(objective, has_aux=True), trainable, batch, train.accumulation
-        )
+        def gradient(trainable, rows):
+            gradients, sums = jax.grad(objective, has_aux=True)(trainable, rows)
+            if mesh is not None:
+                # Here each device already keeps its own part alone of the sum over devices.
+                gradients = jax.lax.with_sharding_constraint(gradients, placed)
+            return gradients, sums
+
+        gradients, sums = _accumulate(gradient, trainable, batch, train.accumulation)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
         params = merge(optax.apply_updates(trainable, updates), frozen)
         params = _rebalance(params, sums.load, train.bias_update_rate)
@@ -139,8 +155,9 @@ def make_evaluation(
     model = transformer_of(config, mesh)
 
     def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
-        logits = model.apply({"params": params}, **batch)
-        return token_nats(logits, *shifted_targets(batch["tokens"], batch["segment_ids"], 1))
+        features = model.apply({"params": params}, **batch, mtp=False, method="features")
+        targets = shifted_targets(batch["tokens"], batch.get("segment_ids"), 1)
+        return token_nats(features.hidden, params["head"], *targets)
 
     return evaluate
 
@@ -155,19 +172,19 @@ def _trainable_kinds(config: RunConfig) -> dict:
 
 def _count_targets(batch: Batch) -> Float[Array, " two"]:
     """Count the tokens predicted by the main head and by multi-token prediction."""
-    tokens, segments = batch["tokens"], batch["segment_ids"]
+    tokens, segments = batch["tokens"], batch.get("segment_ids")
     return jnp.stack([jnp.sum(shifted_targets(tokens, segments, shift)[1]) for shift in (1, 2)])
 
 
 def _forward(model: Transformer, params: dict, batch: Batch, share: float) -> Sums:
     """Run the model on a micro-batch, which is this share of the batch."""
     features = model.apply({"params": params}, **batch, method="features")
-    tokens, segments = batch["tokens"], batch["segment_ids"]
-    mtp = jnp.zeros(())
-    if features.mtp_logits is not None:
-        mtp = token_nats(features.mtp_logits, *shifted_targets(tokens, segments, 2))
+    tokens, segments = batch["tokens"], batch.get("segment_ids")
+    head, mtp = params["head"], jnp.zeros(())
+    if features.mtp_hidden is not None:
+        mtp = token_nats(features.mtp_hidden, head, *shifted_targets(tokens, segments, 2))
     return Sums(
-        next_token=token_nats(features.logits, *shifted_targets(tokens, segments, 1)),
+        next_token=token_nats(features.hidden, head, *shifted_targets(tokens, segments, 1)),
         mtp=mtp,
         balance=share * sum(jnp.sum(stats.balance_loss) for stats in features.router.values()),
         load={path: stats.load for path, stats in features.router.items()},
@@ -204,7 +221,7 @@ def _rebalance(params: dict, load: dict[str, Array], rate: float) -> dict:
 
 def _trained_norm(gradients: dict, labels: dict) -> Float[Array, ""]:
     kept = jax.tree.map(lambda g, label: None if label == FROZEN else g, gradients, labels)
-    return optax.global_norm(kept)
+    return optax.tree.norm(kept)
 
 
 def _max_load(load: dict[str, Array]) -> Float[Array, ""]:

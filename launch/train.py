@@ -14,12 +14,12 @@ from dsv4_jax import cli
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of configs/.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
-flags.mark_flags_as_required(["config", "workdir"])
+CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for all that the run writes")
 
 
 def main() -> None:
+    cli.require(CONFIG, WORKDIR)
     train(RunConfig.from_config_dict(CONFIG.value), WORKDIR.value)
 
 

@@ -13,14 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv4_jax.attention.layout import EntryLayout, window_mask
+from dsv4_jax.chunks import map_chunks
 from dsv4_jax.shapes import Array, Bool, Entries, Float, Int, Keys, Queries, Tokens
 
-# Logit elements held at once. On CPU a chunk should stay in cache; accelerators want few, large
-# steps and have the memory for them.
-CHUNK_ELEMENTS = {"cpu": 2**18, "gpu": 2**27, "tpu": 2**27}
 # Stretches of a row that see different numbers of entries: each is processed with only as many
 # entries as its last query sees, which saves 3/8 of the rectangle above the diagonal.
 CAUSAL_STRETCHES = 4
@@ -150,41 +147,16 @@ def _attend_stretch(blocks: QueryBlocks, entries, sink, window: int, choose: Cho
             compressed = choose(chunk.extra, entries, _visible_mask(chunk, entries.shape[1]))
         return attend(chunk.q, chunk.keys, mask, compressed, sink)
 
-    b, z, block, h, _ = blocks.q.shape
+    b, _, block, h, _ = blocks.q.shape
     slots = 2 * block + (0 if entries is None else entries.shape[1])
     heads = max([h] + [x.shape[3] for x in blocks.extra if x.ndim == 5])
-    budget = CHUNK_ELEMENTS[jax.default_backend()]
-    return _map_chunks(attend_chunk, blocks, z, max(1, budget // (b * block * heads * slots)))
+    return map_chunks(attend_chunk, blocks, b * block * heads * slots)
 
 
 def _visible_mask(chunk: QueryBlocks, slots: int) -> Bool[Array, "b z q c"]:
     first, end = chunk.visible
     entry = jnp.arange(slots)
     return (entry >= first[..., None]) & (entry < end[..., None])
-
-
-def _map_chunks(fn, blocks: QueryBlocks, z: int, per_chunk: int):
-    """Apply fn to chunks of at most per_chunk blocks; only the choice of entries is stored."""
-    fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(SELECTION))
-    count = math.ceil(z / per_chunk)
-    if count == 1:
-        return fn(blocks)
-    size = math.ceil(z / count)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, count * size - z), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-
-    out = jnp.moveaxis(jax.lax.map(fn, jax.tree.map(split, blocks)), 0, 1)
-    return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :z]
-
-
-SELECTION = "selected_entries"
-
-
-def keep_selection(x: Array) -> Array:
-    """Mark a choice of entries as worth storing for the backward pass: it is costly to redo."""
-    return checkpoint_name(x, SELECTION)
 
 
 def _stretches(z: int, slots: int, block: int) -> Iterator[tuple[int, int]]:

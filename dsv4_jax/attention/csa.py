@@ -7,9 +7,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.attention.core import Compressed, all_visible, attend_hybrid, keep_selection
+from dsv4_jax.attention.core import Compressed, all_visible, attend_hybrid
 from dsv4_jax.attention.indexer import IndexQueries, index_scores, top_entries, top_mask
 from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.chunks import keep
 from dsv4_jax.shapes import Array, Bool, Entries, Float, Keys, Queries, Tokens
 
 # Up to this many entries per selected one, masking all of them costs less than gathering the
@@ -51,8 +52,8 @@ def _choose(
     queries, head_weights = extra
     scores = index_scores(queries, head_weights, index_keys[:, :slots])
     if slots <= MASK_UP_TO * topk:
-        packed = keep_selection(jnp.packbits(top_mask(scores, visible, topk), axis=-1))
+        packed = keep(jnp.packbits(top_mask(scores, visible, topk), axis=-1))
         chosen = jnp.unpackbits(packed, axis=-1, count=slots).astype(bool)
         return Compressed(entries, chosen)
-    chosen, exists = jax.tree.map(keep_selection, top_entries(scores, visible, topk))
+    chosen, exists = jax.tree.map(keep, top_entries(scores, visible, topk))
     return Compressed(jax.vmap(lambda rows, i: rows[i])(entries, chosen), exists)

@@ -1,0 +1,48 @@
+"""Compute over long axes piece by piece, so that large intermediates exist for one piece only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv4_jax.shapes import Array
+
+# Elements of the largest intermediate held at once. On CPU it should stay in cache; accelerators
+# want few, large steps and have the memory for them.
+CHUNK_ELEMENTS = {"cpu": 2**18, "gpu": 2**27, "tpu": 2**27}
+KEPT = "kept_for_backward"
+
+
+def map_chunks(fn: Callable, tree, elements: int):
+    """Apply fn to pieces of the second axis of a tree of arrays and join what it returns.
+
+    Pieces are recomputed in the backward pass, except for what fn marks with `keep`. The last
+    piece is filled up with zeros, and what fn makes of those is cut off.
+
+    Args:
+      fn: from a tree of [b, size, ...] to an array [b, size, ...].
+      elements: size of fn's largest intermediate per unit of the second axis.
+    """
+    fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+    length = jax.tree.leaves(tree)[0].shape[1]
+    count = math.ceil(length * elements / CHUNK_ELEMENTS[jax.default_backend()])
+    size = math.ceil(length / min(max(count, 1), length))
+    count = math.ceil(length / size)
+    if count == 1:
+        return fn(tree)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    out = jnp.moveaxis(jax.lax.map(fn, jax.tree.map(split, tree)), 0, 1)
+    return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :length]
+
+
+def keep(x: Array) -> Array:
+    """Mark an intermediate of a piece as worth storing: it is costly to redo."""
+    return checkpoint_name(x, KEPT)

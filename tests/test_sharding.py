@@ -1,0 +1,239 @@
+"""On every mesh a training step computes what one device does, and nothing is whole by mistake."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dsv4_jax.errors import InputError
+from dsv4_jax.model import init_params, param_shapes
+from dsv4_jax.optimizer import make_optimizer
+from dsv4_jax.params import kinds_of, path_name, split_trainable
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, shardings_of
+from dsv4_jax.train_step import init_state, make_train_step, state_shardings
+
+# Sums over devices round in another order: a few float32 units in the last place.
+TOLERANCE = 1e-5
+# A gradient this much smaller than the largest leaf's is a sum that cancels to rounding errors:
+# that of the first layer's mixing matrix is exactly zero, as the streams start out equal.
+CANCELLED = 1e-5
+# Code for the CPU is not optimised here: compiling, not running, is what takes the time.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+ROWS, SEQ_LEN = 8, 16
+MODEL = {
+    "vocab_size": 32, "hidden_size": 16, "num_attention_heads": 4, "head_dim": 8,
+    "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 4,
+    "sliding_window": 4, "csa_ratio": 2, "hca_ratio": 4, "index_n_heads": 4,
+    "index_head_dim": 8, "index_topk": 2, "yarn_original_positions": 16,
+    "max_position_embeddings": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8, "hc_mult": 2, "hc_sinkhorn_iters": 3,
+}
+# Both routers, sparse CSA and multi-token prediction; the other one scans two pairs of layers.
+SPARSE = {"layer_types": ["window", "csa"], "moe_types": ["hash", "learned"]}
+DENSE = {
+    "layer_types": ["csa", "hca"] * 2, "moe_types": ["learned"] * 4, "num_nextn_predict_layers": 0,
+}
+CASES = [
+    ("sparse", (8, 1, 1, 1)),
+    ("sparse", (1, 8, 1, 1)),
+    ("sparse", (2, 2, 2, 1)),
+    ("sparse", (1, 1, 4, 2)),
+    ("dense", (1, 2, 2, 2)),
+]
+
+
+def run_config(name: str, optimizer: str = "adamw", **changes) -> RunConfig:
+    return RunConfig.from_config_dict({
+        "model": {**MODEL, **(DENSE if name == "dense" else SPARSE), **changes},
+        "runtime": {"csa": name},
+        "data": {"seq_len": SEQ_LEN, "batch_size": ROWS},
+        "optimizer": {
+            "name": optimizer, "learning_rate": 1e-3, "end_learning_rate": 1e-4,
+            "warmup_steps": 1, "decay_fraction": 0.0, "clip_norm": 1e9, "train_indexer": True,
+        },
+        "train": {"steps": 10, "eval_every": 10, "checkpoint_every": 10},
+    })
+
+
+def packed_batch() -> dict[str, np.ndarray]:
+    """Rows of two or three documents, some with padding at the end."""
+    choose = np.random.default_rng(0)
+    segment_ids = np.zeros((ROWS, SEQ_LEN), np.int32)
+    for row in segment_ids:
+        cuts = np.sort(choose.choice(np.arange(1, SEQ_LEN), 3, replace=False))
+        row[:] = np.searchsorted(cuts, np.arange(SEQ_LEN), side="right") + 1
+        row[row == 4] = choose.choice([0, 4])
+    tokens = choose.integers(0, MODEL["vocab_size"], (ROWS, SEQ_LEN)).astype(np.int32)
+    return {"tokens": tokens, "segment_ids": segment_ids}
+
+
+def take_step(config: RunConfig, mesh=None):
+    """Take the first step; return its metrics and the state after it."""
+    placed = state_shardings(config, mesh)
+    state, batch = initial_state(config.runtime.csa), packed_batch()
+    if mesh is not None:
+        state = jax.device_put(state, placed)
+        batch = jax.device_put(batch, batch_sharding(mesh, ROWS))
+    step = jax.jit(
+        make_train_step(config, mesh), compiler_options=FAST_COMPILE,
+        out_shardings=None if mesh is None else (placed, None),
+    )
+    state, metrics = step(state, batch)
+    return metrics, state
+
+
+@functools.cache
+def initial_state(name: str):
+    return init_state(run_config(name))
+
+
+@functools.cache
+def one_device(name: str):
+    return take_step(run_config(name))
+
+
+def gradients_of(state) -> dict[str, jax.Array]:
+    """Return the gradients of the first step: AdamW's mean of gradients is a tenth of them."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {
+        path_name(path).partition("/mu/")[2]: leaf for path, leaf in leaves
+        if "/mu/" in path_name(path)
+    }
+
+
+def assert_close(found: dict[str, jax.Array], expected: dict[str, jax.Array]) -> None:
+    """Compare leaf by leaf, by the norm of the difference over the norm."""
+    assert found.keys() == expected.keys()
+    norms = {name: np.linalg.norm(leaf) for name, leaf in expected.items()}
+    floor = CANCELLED * max(norms.values())
+    ratios = {
+        name: np.linalg.norm(np.asarray(found[name]) - expected[name]) / max(norms[name], floor)
+        for name in expected
+    }
+    assert max(ratios.values()) < TOLERANCE, sorted(ratios.items(), key=lambda x: -x[1])[:5]
+
+
+def assert_parted(tree, boxed, mesh) -> int:
+    """Check every leaf against the table, by the shapes of its parts; return how many are split.
+
+    Args:
+      boxed: the tree of `Weight`s that tell the axes of the leaves.
+    """
+    split = 0
+    weights = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    for leaf, weight in zip(jax.tree.leaves(tree), weights, strict=True):
+        part = tuple(
+            size // math.prod(mesh.shape[name] for name in RULES.get(axis, ()))
+            for size, axis in zip(leaf.shape, weight.axes, strict=True)
+        )
+        shapes = {shard.data.shape for shard in leaf.addressable_shards}
+        assert shapes == {part}, (weight.axes, leaf.shape, shapes, part)
+        assert len(leaf.addressable_shards) == mesh.size
+        split += part != leaf.shape
+    return split
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES)
+def test_a_step_on_a_mesh_equals_one_device(name, sizes):
+    config, mesh = run_config(name), make_mesh(sizes)
+    expected_metrics, expected = one_device(name)
+    metrics, state = take_step(config, mesh)
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=TOLERANCE, err_msg=key)
+    assert_close(gradients_of(state), gradients_of(expected))
+
+    boxed = param_shapes(config.model)
+    trainable = split_trainable(boxed)[0]
+    assert_parted(state.params, boxed, mesh)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    count = len(jax.tree.leaves(split_trainable(state.params)[0]))
+    assert len(moments) == 2 * count  # AdamW's two
+    for part in (moments[:count], moments[count:]):
+        assert_parted(part, trainable, mesh)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_state_is_born_sharded_and_equal(optimizer):
+    config, mesh = run_config("sparse", optimizer), make_mesh((1, 2, 2, 2))
+    state, expected = init_state(config, mesh), init_state(config)
+    for found, value in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(found, value)
+    assert assert_parted(state.params, param_shapes(config.model), mesh) > 20
+    for leaf, sharding in zip(
+        jax.tree.leaves(state), jax.tree.leaves(state_shardings(config, mesh)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_no_device_holds_a_whole_split_parameter_while_they_are_drawn():
+    """The program that draws the parameters needs, per device, little more than its own parts."""
+    mesh, config = make_mesh((1, 8, 1, 1)), run_config("sparse", hidden_size=512).model
+    placed = shardings_of(param_shapes(config), mesh)
+    draw = jax.jit(lambda key: nn.meta.unbox(init_params(config, key)), out_shardings=placed)
+    memory = draw.lower(jax.random.key(0)).compile(FAST_COMPILE).memory_analysis()
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(nn.meta.unbox(param_shapes(config))))
+    assert memory.output_size_in_bytes < whole / 4
+    assert memory.temp_size_in_bytes < whole / 4
+
+
+def test_muon_on_a_mesh_equals_one_device():
+    config, mesh = run_config("dense", "muon"), make_mesh((1, 2, 2, 2))
+    boxed = param_shapes(config.model)
+    optimizer = make_optimizer(
+        config.optimizer, split_trainable(kinds_of(boxed))[0], config.train.steps
+    )
+    params = split_trainable(initial_state("dense").params)[0]
+    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+    gradients = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
+    update = jax.jit(
+        lambda gradients, params: optimizer.update(gradients, optimizer.init(params), params)[0]
+    )
+    expected = update(gradients, params)
+    placed = split_trainable(shardings_of(boxed, mesh))[0]
+    found = update(*jax.device_put((gradients, params), (placed, placed)))
+
+    def by_name(tree):
+        return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    assert_close(by_name(found), by_name(expected))
+
+
+def test_a_mesh_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(InputError, match=r"the 8 devices, got data 3 x fsdp 1 .* = 3; change"):
+        make_mesh((3, 1, 1, 1))
+    with pytest.raises(InputError, match="= 16; change"):
+        make_mesh((16, 1, 1, 1))
+
+
+@pytest.mark.parametrize(("sizes", "changes", "message"), [
+    ((1, 8, 1, 1), {"hidden_size": 12}, "fsdp = 8 devices do not divide axis 'width' of size 12"),
+    ((1, 1, 4, 1), {"n_routed_experts": 6}, "expert = 4 .* axis 'experts' of size 6 of layers_0"),
+    ((1, 1, 1, 4), {}, "tensor = 4 devices do not divide axis 'groups' of size 2 of layers_0"),
+])
+def test_a_mesh_that_does_not_divide_an_axis_is_refused(sizes, changes, message):
+    config = run_config("sparse", **changes).model
+    with pytest.raises(InputError, match=message) as caught:
+        shardings_of(param_shapes(config), make_mesh(sizes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="data x fsdp x expert = 8 .* 'batch' of size 6"):
+        batch_sharding(make_mesh((8, 1, 1, 1)), 6)
+
+
+def test_every_rule_names_axes_of_the_mesh_and_of_the_model():
+    used = {axis for leaf in jax.tree.leaves(
+        param_shapes(run_config("sparse").model),
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    ) for axis in leaf.axes}
+    for axis, mesh_axes in RULES.items():
+        assert set(mesh_axes) <= set(MESH_AXES)
+        assert axis in used | {"batch"}
