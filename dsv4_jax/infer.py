@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,18 +50,18 @@ def generate(
     check_token_ids(prompt, model.config.vocab_size)
     row = np.zeros((1, len(prompt) + max_new_tokens), np.int32)
     row[0, : len(prompt)] = prompt
-
-    @jax.jit
-    def draw(params, tokens, length, key):
-        # What follows the last token cannot change its logits: attention is causal.
-        logits = model.apply({"params": params}, tokens)
-        return sample_token(key, logits[0, length - 1], temperature, top_p)
-
     key = jax.random.key(seed)
     for length in range(len(prompt), row.shape[1]):
         key, subkey = jax.random.split(key)
-        token = int(draw(params, row, length, subkey))
+        token = int(_draw(model, params, row, length, subkey, temperature, top_p))
         if token == stop_id:
             return row[0, len(prompt) : length]
         row[0, length] = token
     return row[0, len(prompt) :]
+
+
+@partial(jax.jit, static_argnames=("model", "temperature", "top_p"))
+def _draw(model: Transformer, params, tokens, length, key, temperature: float, top_p: float):
+    """Draw the token after the first `length`; causal attention never sees what follows them."""
+    logits = model.apply({"params": params}, tokens)
+    return sample_token(key, logits[0, length - 1], temperature, top_p)

@@ -13,11 +13,11 @@ def shifted_targets(
     tokens: Tokens, segment_ids: Tokens | None, shift: int
 ) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
     """Return the token `shift` places on and a weight: 1 where it is of the same document."""
-    targets = jnp.pad(tokens[:, shift:], ((0, 0), (0, shift)))
+    targets = jnp.pad(tokens, ((0, 0), (0, shift)))[:, shift:]
     if segment_ids is None:
         inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - shift
         return targets, jnp.broadcast_to(inside, tokens.shape).astype(jnp.float32)
-    later = jnp.pad(segment_ids[:, shift:], ((0, 0), (0, shift)))
+    later = jnp.pad(segment_ids, ((0, 0), (0, shift)))[:, shift:]
     return targets, ((later == segment_ids) & (segment_ids > 0)).astype(jnp.float32)
 
 

@@ -57,11 +57,10 @@ def transformer_of(config: RunConfig, mesh: Mesh | None = None) -> Transformer:
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """Make the state that a run starts from; on a mesh it is born sharded, never whole."""
     params = init_params(config.model, jax.random.key(config.train.seed), mesh)
-    placed = state_shardings(config, mesh)
-    init = jax.jit(
-        _optimizer_of(config).init, out_shardings=None if mesh is None else placed.opt_state
-    )
-    return TrainState(jnp.zeros((), jnp.int32), params, init(split_trainable(params)[0]))
+    placed = TrainState(None, None, None) if mesh is None else state_shardings(config, mesh)
+    step = jax.device_put(jnp.zeros((), jnp.int32), placed.step)
+    init = jax.jit(_optimizer_of(config).init, out_shardings=placed.opt_state)
+    return TrainState(step, params, init(split_trainable(params)[0]))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
@@ -84,10 +83,17 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     shapes = _state_shapes(config)
     params = shardings_of(param_shapes(config.model), mesh)
     opt_state = optax.tree_map_params(
-        _optimizer_of(config), lambda _, sharding: sharding, shapes.opt_state,
-        split_trainable(params)[0], transform_non_params=lambda _: replicated(mesh),
+        _optimizer_of(config),
+        lambda moment, sharding: moment if _is_masked(moment) else sharding,
+        shapes.opt_state, split_trainable(params)[0],
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=_is_masked,  # the place of a parameter that another optimizer updates
     )
     return TrainState(replicated(mesh), params, opt_state)
+
+
+def _is_masked(leaf) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _state_shapes(config: RunConfig) -> TrainState:

@@ -7,6 +7,9 @@ The same command again goes on from the newest checkpoint of the workdir.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,7 +23,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for all that the run writ
 
 def main() -> None:
     cli.require(CONFIG, WORKDIR)
-    train(RunConfig.from_config_dict(CONFIG.value), WORKDIR.value)
+    config = RunConfig.from_config_dict(CONFIG.value)
+    if jax.config.jax_compilation_cache_dir is None:
+        # A run that goes on need not compile again.
+        jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value, "compiled")))
+    train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

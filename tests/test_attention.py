@@ -39,7 +39,11 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 def quick_jit(function):
     """Compile with few optimisations: each program runs once."""
-    options = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+    options = {
+        "xla_backend_optimization_level": "0",
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    }
     return jax.jit(function, compiler_options=options)
 
 
@@ -100,19 +104,18 @@ def random_operands(b: int, t: int, slots: int) -> tuple[jax.Array, ...]:
     )
 
 
-def value_and_gradients(function, operands, weight: np.ndarray):
-    """Return function(*operands) and the gradients of its random combination.
+def value_and_gradients(function, operands, wanted: np.ndarray):
+    """Return function(*operands) where wanted [b, t] and the gradients of a random sum of it."""
+    weights = normal(9, *operands[0].shape) * wanted[:, :, None, None]
+    out, pull = jax.vjp(function, *operands)
+    return jnp.where(wanted[:, :, None, None], out, 0), pull(weights)
 
-    Args:
-      weight: [b, t], zero where no result is asked for.
-    """
-    cotangent = normal(9, *operands[0].shape) * weight[:, :, None, None]
 
+def assert_equal_functions(ours, dense, operands, wanted: np.ndarray) -> None:
     def run(operands):
-        out, pull = jax.vjp(function, *operands)
-        return out * weight[:, :, None, None], pull(cotangent)
+        return [value_and_gradients(function, operands, wanted) for function in (ours, dense)]
 
-    return quick_jit(run)(operands)
+    jax.tree.map(assert_close, *quick_jit(run)(operands))
 
 
 def layout_of(shape, ratio, segment_ids):
@@ -128,7 +131,7 @@ def plain(*lengths: int) -> list[tuple[np.ndarray, None]]:
     return [(np.ones((2, t), int), None) for t in lengths]
 
 
-@pytest.mark.parametrize("ids, segment_ids", plain(1, 4, 5, 6, 11) + [(PACKED, PACKED)])
+@pytest.mark.parametrize("ids, segment_ids", plain(1, 5, 6, 11) + [(PACKED, PACKED)])
 def test_window_equals_dense(ids, segment_ids):
     q, keys, _, sink = random_operands(*ids.shape, 0)
     mask, no_entries = dense_masks(ids, ratio=ids.shape[1] + 1)
@@ -139,12 +142,11 @@ def test_window_equals_dense(ids, segment_ids):
     def dense(q, keys, sink):
         return dense_attention(q, keys, keys[:, :0], sink, mask, no_entries)
 
-    results = (value_and_gradients(f, (q, keys, sink), ids > 0) for f in (ours, dense))
-    jax.tree.map(assert_close, *results)
+    assert_equal_functions(ours, dense, (q, keys, sink), ids > 0)
 
 
 @pytest.mark.parametrize("ratio", [RATIO, 7])
-@pytest.mark.parametrize("ids, segment_ids", plain(1, 6, 17) + [(PACKED, PACKED)])
+@pytest.mark.parametrize("ids, segment_ids", plain(6, 17) + [(PACKED, PACKED)])
 def test_hybrid_equals_dense(ids, segment_ids, ratio):
     operands = random_operands(*ids.shape, ids.shape[1] // ratio)
     masks = dense_masks(ids, ratio)
@@ -158,8 +160,7 @@ def test_hybrid_equals_dense(ids, segment_ids, ratio):
     def dense(*operands):
         return dense_attention(*operands, *masks)
 
-    results = (value_and_gradients(f, operands, ids > 0) for f in (ours, dense))
-    jax.tree.map(assert_close, *results)
+    assert_equal_functions(ours, dense, operands, ids > 0)
 
 
 # Long rows: more entries than the window, so that a row has several stretches; the last block is
@@ -200,9 +201,12 @@ def long_reference(topk: int):
     operands = random_operands(*LONG.shape, LONG.shape[1] // RATIO)
     tokens, visible = dense_masks(LONG, RATIO)
     chosen = chosen_entries(selected(LONG, topk)[1], visible, topk)
-    return value_and_gradients(
-        lambda *args: dense_attention(*args, tokens, chosen), operands, LONG > 0
-    )
+
+
+    def dense(*operands):
+        return dense_attention(*operands, tokens, chosen)
+
+    return quick_jit(lambda operands: value_and_gradients(dense, operands, LONG > 0))(operands)
 
 
 ALL = LONG.shape[1]
@@ -230,9 +234,9 @@ def patch(monkeypatch, setting: dict) -> None:
 def test_selected_equals_dense_in_every_form(setting, topk, monkeypatch):
     """With topk = ALL nothing is left out: sparse attention is dense."""
     patch(monkeypatch, SETTINGS[setting])
-    operands = random_operands(*LONG.shape, LONG.shape[1] // RATIO)
-    result = value_and_gradients(selected(LONG, topk)[0], operands, LONG > 0)
-    jax.tree.map(assert_close, result, long_reference(topk))
+    operands, (attend, _) = random_operands(*LONG.shape, ALL // RATIO), selected(LONG, topk)
+    run = quick_jit(lambda operands: value_and_gradients(attend, operands, LONG > 0))
+    jax.tree.map(assert_close, run(operands), long_reference(topk))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -288,29 +292,32 @@ def scores_with_ties(rng, rows: int, slots: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("slots, k", [(1, 1), (7, 1), (8, 3), (8, 8), (33, 5), (64, 40)])
-@pytest.mark.parametrize("draw", [scores_with_ties, lambda rng, *shape: rng.normal(size=shape)])
-def test_choices_agree_with_sorting(slots, k, draw):
+def test_choices_agree_with_sorting(slots, k):
     """Both give the best visible entries, the lowest index first among equals."""
     rng = np.random.default_rng(slots)
-    scores = draw(rng, 60, slots).astype(np.float32)
-    visible = rng.random(scores.shape) < rng.random((60, 1)) * 1.2
+    distinct = rng.standard_normal((30, slots)).astype(np.float32)
+    scores = np.concatenate([scores_with_ties(rng, 60, slots), distinct])
+    visible = rng.random(scores.shape) < rng.random((90, 1)) * 1.2
     order = np.argsort(np.where(visible, -scores.astype(np.float64), np.inf), kind="stable")
     expected = np.zeros(scores.shape, bool)
     np.put_along_axis(expected, order[:, :k], True, axis=-1)
     expected &= visible
 
-    np.testing.assert_array_equal(top_mask(scores, visible, k), expected)
-    index, exists = top_entries(jnp.asarray(scores), visible, k)
-    assert index.shape == exists.shape == (60, k)
+    mask, (index, exists) = quick_jit(
+        lambda *args: (top_mask(*args, k), top_entries(*args, k))
+    )(scores, visible)
+    np.testing.assert_array_equal(mask, expected)
+    assert index.shape == exists.shape == (90, k)
     of_indices = np.zeros(scores.shape, int)
-    np.add.at(of_indices, (np.arange(60)[:, None], index), np.asarray(exists, int))
+    np.add.at(of_indices, (np.arange(90)[:, None], index), np.asarray(exists, int))
     np.testing.assert_array_equal(of_indices, expected)
 
 
 def test_mask_takes_all_where_fewer_are_visible_than_wanted():
     scores, visible = normal(0, 5, 6), np.random.default_rng(0).random((5, 6)) < 0.5
-    for k in (6, 7, 100):
-        np.testing.assert_array_equal(top_mask(scores, visible, k), visible)
+    for k in (6, 100):
+        mask = jax.jit(top_mask, static_argnums=2)(scores, visible, k)
+        np.testing.assert_array_equal(mask, visible)
 
 
 def test_document_offsets():

@@ -89,7 +89,8 @@ def test_token_nats(chunk_elements, monkeypatch):
     monkeypatch.setattr(
         chunks, "CHUNK_ELEMENTS", dict.fromkeys(chunks.CHUNK_ELEMENTS, chunk_elements)
     )
-    nats, gradients = jax.value_and_grad(token_nats, argnums=(0, 1))(hidden, head, targets, weights)
+    run = jax.jit(jax.value_and_grad(token_nats, argnums=(0, 1)))
+    nats, gradients = run(hidden, head, targets, weights)
     expected = sum(
         weights[place] * negative_log_probability(hidden[place], head, targets[place])
         for place in np.ndindex(2, 7)
@@ -105,9 +106,8 @@ def test_token_nats(chunk_elements, monkeypatch):
 
 def test_token_nats_of_large_logits_stay_finite():
     hidden, head = random_operands((2, 7), scale=1e4)
-    nats, gradients = jax.value_and_grad(token_nats, argnums=(0, 1))(
-        hidden, head, random_tokens(2, 7), jnp.ones((2, 7))
-    )
+    run = jax.jit(jax.value_and_grad(token_nats, argnums=(0, 1)))
+    nats, gradients = run(hidden, head, random_tokens(2, 7), jnp.ones((2, 7)))
     assert np.isfinite(nats) and all(np.isfinite(g).all() for g in gradients)
 
 
@@ -119,7 +119,7 @@ def test_next_token_loss(segment_ids):
         for row, place, target in loop_over_targets(tokens, segment_ids, 1)
     ]
     for form in forms_of(segment_ids):
-        loss = next_token_loss(hidden, head, jnp.asarray(tokens), form)
+        loss = jax.jit(next_token_loss)(hidden, head, tokens, form)
         assert loss == pytest.approx(np.mean(losses), rel=ROUNDING)
 
 
@@ -135,14 +135,14 @@ def test_loss_without_successors_is_zero(segment_ids):
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     hidden, head = random_operands((1, length))
     tokens = random_tokens(1, length)
-    loss, gradient = jax.value_and_grad(next_token_loss)(hidden, head, tokens, segment_ids)
+    loss, gradient = jax.jit(jax.value_and_grad(next_token_loss))(hidden, head, tokens, segment_ids)
     assert loss == 0
     np.testing.assert_array_equal(gradient, 0)
 
 
 def test_loss_moves_only_tokens_that_have_a_successor():
     tokens, (hidden, head) = random_tokens(*PACKED.shape), random_operands(PACKED.shape)
-    gradient = jax.grad(next_token_loss)(hidden, head, tokens, jnp.asarray(PACKED))
+    gradient = jax.jit(jax.grad(next_token_loss))(hidden, head, tokens, jnp.asarray(PACKED))
     expected = np.zeros(PACKED.shape, bool)
     for row, place, _ in loop_over_targets(tokens, PACKED, 1):
         expected[row, place] = True

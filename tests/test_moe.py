@@ -122,6 +122,10 @@ def test_load_counts_valid_slots():
     np.testing.assert_array_equal(expert_load(experts, EXPERTS, valid & False), 0)
 
 
+jit_balance = jax.jit(sequence_balance, static_argnums=1)
+jit_balance_gradient = jax.jit(jax.grad(sequence_balance), static_argnums=1)
+
+
 def test_balance_equals_a_loop():
     scores = np.exp(normal(0, 3, 8, EXPERTS))
     valid = np.random.default_rng(1).random((3, 8)) < 0.6
@@ -132,7 +136,7 @@ def test_balance_equals_a_loop():
         frequency = np.bincount(best.reshape(-1), minlength=EXPERTS) * EXPERTS / CHOSEN
         share = (tokens / tokens.sum(axis=-1, keepdims=True)).mean(axis=0)
         rows.append(np.sum(frequency / len(tokens) * share))
-    actual = sequence_balance(scores, CHOSEN, valid)
+    actual = jit_balance(scores, CHOSEN, valid)
     assert actual == pytest.approx(np.mean(rows), rel=ROUNDING)
 
 
@@ -140,25 +144,25 @@ def test_balance_is_one_if_even_and_more_if_skewed():
     valid = jnp.ones((2, 10), bool)
     even = jnp.full((2, 10, EXPERTS), 0.3)
     skewed = even.at[..., 0].set(2.0)
-    assert sequence_balance(even, 1, valid) == pytest.approx(1, rel=ROUNDING)
-    assert sequence_balance(even, CHOSEN, valid) == pytest.approx(1, rel=ROUNDING)
-    assert sequence_balance(skewed, 1, valid) > 2
+    assert jit_balance(even, 1, valid) == pytest.approx(1, rel=ROUNDING)
+    assert jit_balance(even, CHOSEN, valid) == pytest.approx(1, rel=ROUNDING)
+    assert jit_balance(skewed, 1, valid) > 2
 
 
 def test_balance_ignores_padding():
     scores = np.exp(normal(0, 2, 10, EXPERTS))
     valid = np.arange(10) < np.array([[6], [0]])
     changed = np.where(valid[..., None], scores, np.exp(normal(1, 2, 10, EXPERTS)))
-    expected = sequence_balance(scores, CHOSEN, valid)
-    assert sequence_balance(changed, CHOSEN, valid) == expected
-    gradient = jax.grad(sequence_balance)(jnp.asarray(scores), CHOSEN, valid)
+    expected = jit_balance(scores, CHOSEN, valid)
+    assert jit_balance(changed, CHOSEN, valid) == expected
+    gradient = jit_balance_gradient(scores, CHOSEN, valid)
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, valid)
 
 
 def test_balance_gradient_lowers_the_crowded_expert():
     scores = jnp.full((1, 10, EXPERTS), 0.3).at[..., 0].set(2.0)
-    gradient = jax.grad(sequence_balance)(scores, 1, jnp.ones((1, 10), bool))
+    gradient = jit_balance_gradient(scores, 1, jnp.ones((1, 10), bool))
     assert (gradient[..., 0] > 0).all() and (gradient[..., 1:] < 0).all()
 
 
@@ -280,5 +284,5 @@ def test_layer_adds_the_shared_expert_and_scales_routed_ones(kind):
     y, stats = jax.jit(MoE(config, Runtime(), kind, 0).apply)({"params": params}, x, tokens, valid)
     assert_close(y, expected)
     np.testing.assert_array_equal(stats.load, np.bincount(experts.reshape(-1), minlength=EXPERTS))
-    balance = 0.0 if kind == HASH else float(sequence_balance(scores, CHOSEN, valid))
+    balance = 0.0 if kind == HASH else float(jit_balance(scores, CHOSEN, valid))
     assert stats.balance_loss == pytest.approx(balance, rel=10 * ROUNDING)

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.model import init_params, param_shapes
+from dsv4_jax.model import param_shapes
 from dsv4_jax.optimizer import make_optimizer
 from dsv4_jax.params import kinds_of, path_name, split_trainable
 from dsv4_jax.run_config import RunConfig
@@ -21,8 +21,8 @@ from dsv4_jax.train_step import init_state, make_train_step, state_shardings
 # Sums over devices round in another order: a few float32 units in the last place.
 TOLERANCE = 1e-5
 # A gradient this much smaller than the largest leaf's is a sum that cancels to rounding errors:
-# that of the first layer's mixing matrix is exactly zero, as the streams start out equal.
-CANCELLED = 1e-5
+# those of the first layer's mixing matrix and read gate vanish, as the streams start out equal.
+CANCELLED = 1e-4
 # Code for the CPU is not optimised here: compiling, not running, is what takes the time.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -41,7 +41,6 @@ DENSE = {
     "layer_types": ["csa", "hca"] * 2, "moe_types": ["learned"] * 4, "num_nextn_predict_layers": 0,
 }
 CASES = [
-    ("sparse", (8, 1, 1, 1)),
     ("sparse", (1, 8, 1, 1)),
     ("sparse", (2, 2, 2, 1)),
     ("sparse", (1, 1, 4, 2)),
@@ -99,13 +98,14 @@ def one_device(name: str):
     return take_step(run_config(name))
 
 
+def by_name(tree) -> dict[str, jax.Array]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def gradients_of(state) -> dict[str, jax.Array]:
     """Return the gradients of the first step: AdamW's mean of gradients is a tenth of them."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    return {
-        path_name(path).partition("/mu/")[2]: leaf for path, leaf in leaves
-        if "/mu/" in path_name(path)
-    }
+    leaves = by_name(state.opt_state).items()
+    return {name.partition("/mu/")[2]: leaf for name, leaf in leaves if "/mu/" in name}
 
 
 def assert_close(found: dict[str, jax.Array], expected: dict[str, jax.Array]) -> None:
@@ -159,50 +159,35 @@ def test_a_step_on_a_mesh_equals_one_device(name, sizes):
         assert_parted(part, trainable, mesh)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_state_is_born_sharded_and_equal(optimizer):
-    config, mesh = run_config("sparse", optimizer), make_mesh((1, 2, 2, 2))
+def test_a_state_is_born_sharded_and_equal():
+    config, mesh = run_config("sparse", "muon"), make_mesh((1, 2, 2, 2))
     state, expected = init_state(config, mesh), init_state(config)
+    assert assert_parted(state.params, param_shapes(config.model), mesh) > 20
     for found, value in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(found, value)
-    assert assert_parted(state.params, param_shapes(config.model), mesh) > 20
     for leaf, sharding in zip(
         jax.tree.leaves(state), jax.tree.leaves(state_shardings(config, mesh)), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-def test_no_device_holds_a_whole_split_parameter_while_they_are_drawn():
-    """The program that draws the parameters needs, per device, little more than its own parts."""
-    mesh, config = make_mesh((1, 8, 1, 1)), run_config("sparse", hidden_size=512).model
-    placed = shardings_of(param_shapes(config), mesh)
-    draw = jax.jit(lambda key: nn.meta.unbox(init_params(config, key)), out_shardings=placed)
-    memory = draw.lower(jax.random.key(0)).compile(FAST_COMPILE).memory_analysis()
-    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(nn.meta.unbox(param_shapes(config))))
-    assert memory.output_size_in_bytes < whole / 4
-    assert memory.temp_size_in_bytes < whole / 4
-
-
 def test_muon_on_a_mesh_equals_one_device():
+    """On stacked layers of experts: what a mesh splits in three ways at once."""
     config, mesh = run_config("dense", "muon"), make_mesh((1, 2, 2, 2))
-    boxed = param_shapes(config.model)
-    optimizer = make_optimizer(
-        config.optimizer, split_trainable(kinds_of(boxed))[0], config.train.steps
+    boxed = split_trainable(param_shapes(config.model))[0]["pairs"]["csa"]["moe"]
+    optimizer = make_optimizer(config.optimizer, kinds_of(boxed), config.train.steps)
+    choose = np.random.default_rng(0)
+    gradients, params = (
+        jax.tree.map(lambda x: choose.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed))
+        for _ in range(2)
     )
-    params = split_trainable(initial_state("dense").params)[0]
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-    gradients = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
     update = jax.jit(
-        lambda gradients, params: optimizer.update(gradients, optimizer.init(params), params)[0]
+        lambda gradients, params: optimizer.update(gradients, optimizer.init(params), params)[0],
+        compiler_options=FAST_COMPILE,
     )
-    expected = update(gradients, params)
-    placed = split_trainable(shardings_of(boxed, mesh))[0]
+    placed = shardings_of(boxed, mesh)
     found = update(*jax.device_put((gradients, params), (placed, placed)))
-
-    def by_name(tree):
-        return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-    assert_close(by_name(found), by_name(expected))
+    assert_close(by_name(found), by_name(update(gradients, params)))
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():

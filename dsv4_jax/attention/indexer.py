@@ -44,7 +44,7 @@ def top_entries(
 
     Ties go to the lowest index. Rows with fewer than k visible entries get all of them.
     """
-    _, index = jax.lax.top_k(jnp.where(visible, scores, -jnp.inf), k)
+    _, index = jax.lax.top_k(jnp.where(visible, _one_zero(scores), -jnp.inf), k)
     return index, jnp.take_along_axis(visible, index, axis=-1)
 
 
@@ -83,9 +83,14 @@ def top_mask(
 
 def _ordered_bits(x: Float[Array, "..."]) -> Array:
     """Map float32 to uint32 so that order is kept and every number maps above 0."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(_one_zero(x), jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _one_zero(x: Float[Array, "..."]) -> Array:
+    """Replace -0 by 0: equal scores must tie, but an order of bits tells them apart."""
+    return jnp.where(x == 0, 0.0, x)
 
 
 class Indexer(nn.Module):

@@ -1,0 +1,157 @@
+"""A checkpoint gives back, bit by bit, what was saved, and only to the run that saved it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_same_run
+from dsv4_jax.errors import InputError
+from dsv4_jax.sharding import make_mesh
+
+CONFIG = {
+    "model": {"vocab_size": 300, "layer_types": ["window", "csa"]},
+    "runtime": {"dtype": "float32"},
+    "data": {
+        "source": "stdlib", "text_field": "text", "tokenizer": None, "seq_len": 32,
+        "batch_size": 4, "seed": 0, "held_out_fraction": 0.1, "held_out_bytes": 100,
+    },
+    "optimizer": {"name": "muon", "learning_rate": 1e-3, "train_indexer": False},
+    "train": {"steps": 10},
+    "mesh": {"data": 1},
+}
+PLACE = {"identity": {"seed": 0}, "batches": {"next": [3, None, -1]}}
+
+
+def new_state(step: int) -> dict:
+    return {
+        "step": jnp.array(step, jnp.int32),
+        "weight": jax.random.normal(jax.random.key(step), (256, 256)),
+        "table": jnp.arange(12, dtype=jnp.int32).reshape(4, 3),
+    }
+
+
+def shapes_of(state: dict, shardings=None) -> dict:
+    if shardings is None:
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state, shardings,
+    )
+
+
+def opened(workdir, config=CONFIG) -> Checkpoints:
+    return Checkpoints(workdir, keep=2, config=config)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir in which steps 1 to 3 were saved."""
+    workdir = tmp_path_factory.mktemp("run")
+    checkpoints = opened(workdir)
+    assert checkpoints.latest_step is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, new_state(step), PLACE)
+    checkpoints.close()
+    return workdir
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].dtype == value.dtype
+
+
+def test_the_newest_state_and_place_come_back(saved):
+    checkpoints, expected = opened(saved), new_state(3)
+    assert checkpoints.latest_step == 3
+    state, place = checkpoints.restore(shapes_of(expected))
+    checkpoints.close()
+    assert_same(state, expected)
+    assert place == PLACE
+
+
+def test_old_checkpoints_are_removed(saved):
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_a_state_comes_back_onto_another_mesh(saved):
+    mesh, expected = make_mesh((1, 4, 1, 2)), new_state(3)
+    specs = {"step": (), "weight": ("fsdp", "tensor"), "table": ("fsdp",)}
+    shardings = {
+        name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in specs.items()
+    }
+    checkpoints = opened(saved)
+    state, _ = checkpoints.restore(shapes_of(expected, shardings))
+    checkpoints.close()
+    assert_same(state, expected)
+    assert state["weight"].addressable_shards[0].data.shape == (64, 128)
+
+
+def test_steps_taken_while_a_checkpoint_is_written_do_not_change_it(tmp_path):
+    """The next step takes the state's buffers for its own (donation) before the write ends."""
+    advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state, checkpoints = new_state(1), opened(tmp_path)
+    checkpoints.save(1, state, PLACE)
+    for _ in range(3):
+        state = advance(state)
+    checkpoints.close()
+    checkpoints = opened(tmp_path)
+    found, _ = checkpoints.restore(shapes_of(state))
+    checkpoints.close()
+    assert_same(found, new_state(1))
+
+
+def test_a_checkpoint_cut_off_in_writing_does_not_count(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    folder = workdir / "checkpoints"
+    (folder / "3").rename(folder / "4.orbax-checkpoint-tmp")
+    checkpoints = opened(workdir)
+    assert checkpoints.latest_step == 2
+    state, _ = checkpoints.restore(shapes_of(new_state(2)))
+    checkpoints.close()
+    assert_same(state, new_state(2))
+
+
+def test_another_run_is_refused_and_leaves_the_checkpoint(saved):
+    other = copy.deepcopy(CONFIG)
+    other["data"]["seq_len"] = 64
+    with pytest.raises(InputError, match=r"config\.data\.seq_len: expected 32, .*got 64; set it"):
+        opened(saved, other)
+    checkpoints = opened(saved)
+    assert checkpoints.latest_step == 3
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("key", [*FIXED_KEYS[1:], "model.vocab_size", "model.layer_types"])
+def test_every_key_that_shapes_a_run_is_fixed(key):
+    section, _, name = key.partition(".")
+    other = copy.deepcopy(CONFIG)
+    other[section][name] = "other"
+    with pytest.raises(InputError, match=rf"config\.{key}: .*got 'other'") as caught:
+        check_same_run(CONFIG, other, "here")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [
+    "train.steps", "runtime.dtype", "optimizer.learning_rate", "mesh.data", "data.held_out_bytes",
+])
+def test_other_keys_may_change(key):
+    section, _, name = key.partition(".")
+    other = copy.deepcopy(CONFIG)
+    other[section][name] = 7
+    check_same_run(CONFIG, other, "here")
+
+
+def test_a_key_that_one_side_lacks_is_a_difference():
+    other = copy.deepcopy(CONFIG)
+    other["model"]["new_key"] = 1
+    with pytest.raises(InputError, match=r"config\.model\.new_key: expected None, .* got 1"):
+        check_same_run(CONFIG, other, "here")

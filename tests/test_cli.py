@@ -1,0 +1,216 @@
+"""Bad input on the command line ends in one helpful line and exit status 2; bugs do not."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl.testing import flagsaver
+
+from dsv4_jax import cli
+
+ROOT = Path(__file__).parents[1]
+CONFIG = f"""
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+def get_config(steps="4"):
+    config = {{
+        "model": dict(
+            vocab_size=300, hidden_size=16, layer_types=("window",), moe_types=("learned",),
+            num_attention_heads=2, head_dim=8, qk_rope_head_dim=4, index_head_dim=8, o_groups=2,
+            max_position_embeddings=256, num_nextn_predict_layers=0,
+        ),
+        "runtime": dict(remat=False),
+        "data": dict(source=r"{Path(__file__)}", tokenizer=placeholder(str), seq_len=32,
+                     batch_size=4),
+        "optimizer": dict(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2,
+                          decay_fraction=0.3),
+        "train": dict(steps=int(steps), eval_every=2, checkpoint_every=2),
+        "mesh": dict(data=1, fsdp=1, expert=1, tensor=1),
+    }}
+    return ConfigDict(config).lock()
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    """The launcher's own names, its flags defined; what it does to the process is undone."""
+    cache = jax.config.jax_compilation_cache_dir
+    with flagsaver.flagsaver():
+        yield runpy.run_path(str(ROOT / "launch" / "train.py"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def command(launcher, monkeypatch, capsys):
+    """Run the launcher with arguments; return its exit status and standard error."""
+
+    def run(*arguments, main=launcher["main"]) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+            cli.run(main)
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
+    status, error = outcome
+    assert status == cli.BAD_INPUT
+    assert error.startswith("train.py: ")
+    assert error.count("\n") == 1 and error.endswith("\n")
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+
+
+@pytest.mark.parametrize(("argument", "parts"), [
+    ("--conifg=x", ["Unknown command line flag 'conifg'", "--help"]),
+    ("--config.optimiser.name=adamw", ["--config.optimiser: ", "did you mean --config.optimizer?"]),
+    ("--config.train.step=3", ["--config.train.step: ", "did you mean --config.train.steps?"]),
+    ("--config.train.zzz=3", ["--config.train.zzz: ", "known: ", "eval_every"]),
+    ("--config.train.steps.x=3", ["--config.train.steps.x: ", "no key below a value"]),
+    ("--config.train.steps=many", ["--config.train.steps: expected int, got 'many'", "has 4"]),
+    ("--config.train.steps=1.5", ["--config.train.steps: expected int, got '1.5'"]),
+    ("--config.train.steps=", ["--config.train.steps: expected int, got ''"]),
+    ("--config.train.steps", ["Missing value", "config.train.steps"]),
+    ("--config.runtime.remat=maybe", ["--config.runtime.remat: expected bool, got 'maybe'"]),
+    ("--config.optimizer.learning_rate=a:b", ["learning_rate: expected float, got 'a:b'"]),
+    ("--config.train={}x", ["--config.train: expected ConfigDict, got '{}x'"]),
+    ("--config.train={'steps': 3}", ["train.eval_every: expected int, got nothing"]),
+    ("--config.train.steps=0", ["train.steps: expected at least 1, got 0"]),
+    ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate: ", "got nan"]),
+    ("--config.optimizer.learning_rate=inf", ["optimizer.learning_rate: ", "got inf"]),
+    ("--config.model.layer_types=('cas',)", ["model.layer_types: ", "'cas'"]),
+    ("--config.model.o_groups=3", ["model.o_groups: expected a divisor", "got 3"]),
+    ("--config.data.seq_len=512", ["data.seq_len: ", "max_position_embeddings (256)", "got 512"]),
+    ("--config.mesh.fsdp=3", ["mesh: ", "8 devices", "fsdp 3"]),
+    ("--config.mesh.data=8", ["mesh: ", "'batch' of size 4"]),
+    ("--config.data.source=/no/such", ["data.source: ", "'/no/such' does not exist"]),
+    ("--config.data.tokenizer=/no/such", ["data.tokenizer: cannot read /no/such"]),
+    ("--config.model.vocab_size=200", ["model.vocab_size: expected at least 258", "got 200"]),
+    ("extra", ["expected flags only, got 'extra'"]),
+])
+def test_a_bad_argument_is_refused_in_one_line(command, config_file, tmp_path, argument, parts):
+    workdir = tmp_path / "run"
+    outcome = command(f"--config={config_file}", f"--workdir={workdir}", argument)
+    assert_refused(outcome, *parts)
+
+
+@pytest.mark.parametrize(("content", "parts"), [
+    ("this is no Python\n", [":1: ", "SyntaxError"]),
+    ("x = 1\n", ["a function get_config()", "got none"]),
+    ("def get_config():\n    return None\n", ["get_config()", "got none"]),
+    ("def get_config():\n    return 5\n", ["get_config()", "got a value of type int"]),
+    ("def get_config():\n    return undefined\n", [":2: ", "NameError", "undefined"]),
+    ("\nimport no_such_module\n", [":2: ", "ModuleNotFoundError"]),
+    (
+        "from ml_collections import ConfigDict\n\ndef get_config():\n"
+        "    return ConfigDict({'model': 1})\n",
+        ["model: expected a section of keys, got 1"],
+    ),
+    (
+        "from ml_collections import ConfigDict\n\ndef get_config():\n"
+        "    return ConfigDict({'modle': {}})\n",
+        ["modle: ", "did you mean model?"],
+    ),
+    ("\0\1", ["expected a config file that runs"]),
+])
+def test_a_bad_config_file_is_refused_in_one_line(command, tmp_path, content, parts):
+    path = tmp_path / "config.py"
+    path.write_text(content)
+    assert_refused(command(f"--config={path}", f"--workdir={tmp_path / 'run'}"), *parts)
+
+
+def test_a_missing_config_file_is_refused(command, tmp_path):
+    for path in (tmp_path / "none.py", tmp_path, ""):
+        assert_refused(
+            command(f"--config={path}", f"--workdir={tmp_path}"), "--config: ", repr(str(path))
+        )
+
+
+def test_missing_flags_are_named(command, config_file, tmp_path):
+    assert_refused(command(f"--workdir={tmp_path}"), "--config: expected a value", "configs/")
+    assert_refused(command(f"--config={config_file}"), "--workdir: expected a value", "folder")
+    assert_refused(command(f"--config={config_file}", "--workdir="), "--workdir: expected a value")
+    assert_refused(command("--config.train.steps=3"), "expected --config=FILE before it")
+    assert_refused(command("--config.train.steps=3", f"--config={config_file}"), "put it first")
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(command, config_file, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert_refused(
+            command(f"--config={config_file}", f"--workdir={workdir}"),
+            "workdir: ", str(workdir), "choose",
+        )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "content", "parts"), [
+    ("empty.txt", b"", ["data.source: ", "empty.txt"]),
+    ("latin.txt", b"caf\xe9 " * 50, ["latin.txt: expected UTF-8", "0xe9 at offset 3"]),
+    ("bad.jsonl", b'{"text": "a"}\n{"text": 5}\n', ["bad.jsonl:2: ", '"text"']),
+])
+def test_bad_data_is_refused(command, config_file, tmp_path, name, content, parts):
+    source = tmp_path / name
+    source.write_bytes(content)
+    assert_refused(
+        command(
+            f"--config={config_file}", f"--workdir={tmp_path / 'run'}",
+            f"--config.data.source={source}",
+        ),
+        *parts,
+    )
+
+
+def test_overrides_reach_the_config(command, launcher, config_file, tmp_path):
+    seen = []
+    main = seen.append
+    arguments = (
+        f"--config={config_file}:9", "--config.optimizer.learning_rate=2", "--config.data.tokenizer=t",
+        "--config.runtime.remat", "--config.model.layer_types=('csa', 'hca')", "--config.train.steps",
+        "7", f"--workdir={tmp_path}",
+    )
+    status, error = command(*arguments, main=lambda: main(launcher["CONFIG"].value.to_dict()))
+    assert (status, error) == (None, "")
+    (config,) = seen
+    assert config["optimizer"]["learning_rate"] == 2.0
+    assert config["data"]["tokenizer"] == "t"
+    assert config["runtime"]["remat"] is True
+    assert config["model"]["layer_types"] == ("csa", "hca")
+    assert config["train"]["steps"] == 7
+
+
+def test_an_error_of_ours_keeps_its_traceback(launcher, monkeypatch, config_file, tmp_path):
+    def main():
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--config={config_file}", "--workdir=w"])
+    with flagsaver.flagsaver(), pytest.raises(KeyError, match="a bug"):
+        cli.run(main)
+
+
+def test_the_real_command_exits_with_status_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:dsv4_jax", ROOT / "launch" / "train.py",
+         f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={tmp_path}",
+         "--config.optimizer.learning_rat=1"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "did you mean --config.optimizer.learning_rate?" in done.stderr

@@ -1,0 +1,297 @@
+"""A run learns, can be cut off at any point and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dsv4_jax.errors import InputError
+from dsv4_jax.log import RunLog, duration
+from dsv4_jax.params import path_name, split_trainable
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train import train
+from dsv4_jax.train_step import init_state, make_train_step
+
+ROOT = Path(__file__).parents[1]
+STEPS, CHECKPOINT_EVERY, CUT_OFF = 12, 4, 7
+# The same sum in two halves rounds differently: a few float32 units in the last place.
+TOLERANCE = 1e-5
+# As in test_sharding: gradients this small beside the largest cancel to rounding errors.
+CANCELLED = 1e-4
+LOSS_FALL = 1.0  # nats, of 5.7: twelve steps learn at least which bytes occur
+
+MODEL = {
+    "vocab_size": 300, "hidden_size": 16, "layer_types": ["csa", "window"],
+    "moe_types": ["hash", "learned"], "num_attention_heads": 2, "head_dim": 8,
+    "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 4,
+    "sliding_window": 8, "csa_ratio": 4, "index_n_heads": 2, "index_head_dim": 8,
+    "index_topk": 4, "yarn_original_positions": 16, "max_position_embeddings": 128,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "hc_mult": 2,
+    "hc_sinkhorn_iters": 3, "num_nextn_predict_layers": 0,
+}
+
+
+def sections_of(source, **train_keys) -> dict:
+    return {
+        "model": MODEL,
+        "runtime": {"csa": "dense"},
+        "data": {"source": str(source), "seq_len": 32, "batch_size": 4, "held_out_fraction": 0.1},
+        "optimizer": {
+            "learning_rate": 3e-2, "end_learning_rate": 1e-3, "warmup_steps": 2,
+            "decay_fraction": 0.3,
+        },
+        "train": {
+            "steps": STEPS, "eval_every": 6, "checkpoint_every": CHECKPOINT_EVERY,
+            "sample_tokens": 8, **train_keys,
+        },
+    }
+
+
+class Run:
+    """One run of the shared config: what it printed, wrote and returned."""
+
+    def __init__(self, config: RunConfig, workdir: Path):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            self.state = train(config, workdir)
+        self.lines = printed.getvalue().splitlines()
+        self.workdir = workdir
+
+    def line(self, start: str) -> str:
+        (found,) = [line for line in self.lines if line.startswith(start)]
+        return found
+
+
+def metrics_of(workdir: Path) -> list[dict]:
+    """Read the metrics, without the one that is a time."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Let equal programs, also of other processes, be compiled once for all tests here."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in options.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A text of a few kilobytes in a small vocabulary."""
+    choose = random.Random(0)
+    words = ["the", "model", "routes", "every", "token", "to", "experts", "and", "adds"]
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{choose.choice(words)} " for _ in range(1500)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(source):
+    return RunConfig.from_config_dict(sections_of(source))
+
+
+@pytest.fixture(scope="module")
+def straight(config, compiled_once, tmp_path_factory):
+    """A run without interruption."""
+    return Run(config, tmp_path_factory.mktemp("straight"))
+
+
+@pytest.fixture(scope="module")
+def resumed(config, compiled_once, tmp_path_factory):
+    """The workdir of a run that broke after some steps and was started again in a new process."""
+    folder = tmp_path_factory.mktemp("resumed")
+    record = RunLog.metrics
+
+    def break_off(self, step, values):
+        record(self, step, values)
+        if step == CUT_OFF:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunLog, "metrics", break_off)
+        Run(config, folder / "run")
+    cut_off = metrics_of(folder / "run")
+    path = folder / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict({sections_of(config.data.source)!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch" / "train.py", f"--config={path}",
+         f"--workdir={folder / 'run'}"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **compiled_once}, check=False,
+    )
+    return cut_off, done, folder / "run"
+
+
+def test_the_loss_falls_and_is_told_step_by_step(straight):
+    steps = [line for line in metrics_of(straight.workdir) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"] - LOSS_FALL
+    first = straight.line("step 1/12 ")
+    for part in ("loss 5.", "grad norm ", "learning rate 1.50e-02", " tokens/s", "left 0:"):
+        assert part in first
+    assert straight.line("compiling the training step ... ").endswith(" s")
+    assert list((straight.workdir / "tensorboard").glob("events.*"))
+
+
+def test_held_out_bits_per_byte_stand_beside_gzip_and_xz(straight):
+    lines = [line for line in straight.lines if line.startswith("held-out text: ")]
+    scores = [line for line in metrics_of(straight.workdir) if "held_out_bits_per_byte" in line]
+    assert [line["step"] for line in scores] == [6, 12]
+    assert scores[1]["held_out_bits_per_byte"] < scores[0]["held_out_bits_per_byte"] < 8
+    for line, score in zip(lines, scores, strict=True):
+        assert f"{score['held_out_bits_per_byte']:.3f} bits per byte (gzip -9 " in line
+        assert "xz -9 " in line
+
+
+def test_the_sample_is_printed_and_kept(straight):
+    kept = (straight.workdir / "sample.txt").read_text()
+    assert kept.startswith("def ") and len(kept) > len("def ")
+    assert "\n".join(straight.lines).endswith("sample:\n" + "\n".join(kept.splitlines()))
+
+
+def test_what_is_frozen_stays_and_the_rest_moves(straight, config):
+    before = {
+        path_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(init_state(config).params)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(straight.state.params):
+        name = path_name(path)
+        frozen = "indexer" in name or name.endswith("hash_table")
+        assert np.array_equal(leaf, before[name]) == frozen, name
+        if name.endswith("selection_bias"):
+            moved = np.asarray(leaf) / config.train.bias_update_rate
+            np.testing.assert_allclose(moved, np.round(moved), atol=1e-3)
+            assert np.abs(moved).max() <= STEPS
+
+
+def test_a_resumed_run_is_bit_identical_and_logs_no_step_twice(straight, resumed):
+    cut_off, done, workdir = resumed
+    assert done.returncode == 0
+    assert f"resumed from the checkpoint of step {CHECKPOINT_EVERY}" in done.stdout
+    assert max(line["step"] for line in cut_off) == CUT_OFF
+    assert metrics_of(workdir) == metrics_of(straight.workdir)
+    assert (workdir / "sample.txt").read_text() == (straight.workdir / "sample.txt").read_text()
+
+
+def test_the_command_prints_nothing_but_its_own_lines(resumed):
+    _, done, _ = resumed
+    assert done.stderr == ""
+    assert done.stdout.startswith("model: ")
+
+
+def test_a_complete_run_only_evaluates_and_samples_again(straight, config, compiled_once):
+    before = (straight.workdir / "metrics.jsonl").read_bytes()
+    again = Run(config, straight.workdir)
+    assert again.line("the run is complete") == "the run is complete: 12 of 12 steps"
+    assert again.line("held-out text: ") == straight.lines[-3:][0]
+    assert not [line for line in again.lines if line.startswith(("step ", "compiling"))]
+    assert (straight.workdir / "metrics.jsonl").read_bytes() == before
+    for found, expected in zip(
+        jax.tree.leaves(again.state), jax.tree.leaves(straight.state), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("section", "key", "value"), [
+    ("model", "rope_theta", 5000.0), ("data", "seed", 1), ("optimizer", "name", "adamw"),
+])
+def test_a_workdir_of_another_run_is_refused_untouched(
+    straight, source, section, key, value
+):
+    files = [path for path in straight.workdir.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    sections = sections_of(source)
+    sections[section] = {**sections[section], key: value}
+    other = RunConfig.from_config_dict(sections)
+    with pytest.raises(InputError, match=rf"config\.{section}\.{key}: expected .*, as in the"):
+        Run(other, straight.workdir)
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_changed_text_is_refused_on_resume(straight, source, tmp_path):
+    text = source.read_text()
+    source.write_text(text.replace("experts", "exports"))
+    try:
+        with pytest.raises(InputError, match="as in the checkpoint"):
+            Run(RunConfig.from_config_dict(sections_of(source)), straight.workdir)
+    finally:
+        source.write_text(text)
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source):
+    """AdamW's mean of gradients after one step is a tenth of the gradient."""
+    choose = np.random.default_rng(0)
+    segment_ids = np.repeat([[1] * 9 + [2] * 20 + [0] * 3, [1] * 32], 2, axis=0).astype(np.int32)
+    tokens = choose.integers(0, MODEL["vocab_size"], segment_ids.shape).astype(np.int32)
+    moments, losses = [], []
+    for parts in (1, 2):
+        sections = sections_of(source, accumulation=parts)
+        sections["optimizer"] |= {"name": "adamw", "clip_norm": 1e9}
+        config = RunConfig.from_config_dict(sections)
+        step = jax.jit(
+            make_train_step(config), compiler_options={"xla_backend_optimization_level": 0}
+        )
+        state, metrics = step(init_state(config), {"tokens": tokens, "segment_ids": segment_ids})
+        leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+        moments.append({path_name(p): np.asarray(x) for p, x in leaves if "/mu/" in path_name(p)})
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
+    whole, added = moments
+    floor = CANCELLED * max(map(np.linalg.norm, whole.values()))
+    assert len(whole) == len(jax.tree.leaves(split_trainable(state.params)[0])) - 6  # the indexer
+    for name, leaf in whole.items():
+        difference = np.linalg.norm(added[name] - leaf)
+        assert difference <= TOLERANCE * max(np.linalg.norm(leaf), floor), name
+
+
+def test_the_log_keeps_whole_lines_up_to_the_step_it_goes_on_from(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2}\n{"step": 2, "x": 1}\n{"step": 3}\n{"st')
+    log = RunLog(tmp_path, 2)
+    log.metrics(3, {"loss": 1.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 3.0}, {"step": 2}, {"step": 2, "x": 1}, {"step": 3, "loss": 1.5},
+    ]
+
+
+def test_durations_read_as_clocks():
+    assert [duration(s) for s in (0, 59.6, 61, 3599.4, 3661)] == [
+        "0:00", "1:00", "1:01", "59:59", "1:01:01",
+    ]
+
+
+def test_a_run_on_a_mesh_goes_on_on_another(source, tmp_path):
+    """The trainer places states and batches on devices; what they compute, test_sharding says."""
+    scores = []
+    for steps, mesh in ((1, {"data": 2, "expert": 2}), (1, {"fsdp": 2, "tensor": 2})):
+        sections = {**sections_of(source, steps=steps, sample_tokens=1), "mesh": mesh}
+        sections["model"] = {**MODEL, "layer_types": ["window"], "moe_types": ["learned"]}
+        run = Run(RunConfig.from_config_dict(sections), tmp_path / "run")
+        assert " on 4 of 8 " in run.line("model:")
+        scores.append(float(run.line("held-out text: ").split()[2]))
+    assert run.line("the run is complete")
+    assert scores[0] == pytest.approx(scores[1], abs=0.002)  # the last digit printed
