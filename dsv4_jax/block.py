@@ -54,3 +54,11 @@ class Block(nn.Module):
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
         y, stats = moe(x, batch.tokens, batch.valid)
         return expand(streams, y, post, comb), stats
+
+
+def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:
+    """Return the layer's class, one that recomputes itself in the backward pass if so wanted.
+
+    Outside a scan XLA must be kept from merging the recomputation with the forward pass.
+    """
+    return nn.remat(Block, prevent_cse=not scanned) if runtime.remat else Block

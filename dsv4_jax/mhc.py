@@ -21,7 +21,6 @@ OWN_STREAM, OTHER_STREAM = 1.0, -1.0
 COMB_DIAGONAL = 3.0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def sinkhorn(
     matrix: Float[Array, "n m b t"], iterations: int, eps: float
 ) -> Float[Array, "n m b t"]:
@@ -31,77 +30,19 @@ def sinkhorn(
     it ends on the columns, whose sums are exact. Tokens lie on the last axes, where the small
     matrices would otherwise waste vector lanes.
 
-    All iterates are row[n] * matrix[n, m] * column[m], so the loop carries the two scalings
-    alone, and so do its gradient and what is stored for it.
-
     Source: report 2.2; fact sheet 2.2.
     """
-    return _sinkhorn_forward(matrix, iterations, eps)[0]
 
+    def by_columns(x):
+        return x / (jnp.sum(x, axis=0, keepdims=True) + eps)
 
-def _sinkhorn_forward(matrix, iterations, eps):
-    def normalised(scale, sums):
-        return scale / (scale * sums + eps)
+    def by_rows(x):
+        return x / (jnp.sum(x, axis=1, keepdims=True) + eps)
 
-    def step(i, carry):
-        row, column, rows, columns = carry
-        row = normalised(row, _sum_columns(matrix, column))
-        column = normalised(column, _sum_rows(matrix, row))
-        return row, column, rows.at[i].set(row), columns.at[i].set(column)
+    def step(_, x):
+        return by_columns(by_rows(x))
 
-    ones = jnp.ones_like(matrix[0])
-    column = normalised(ones, _sum_rows(matrix, ones))
-    history = jnp.zeros((iterations, *ones.shape), matrix.dtype)
-    row, column, rows, columns = jax.lax.fori_loop(
-        1, iterations, step, (ones, column, history.at[0].set(1), history.at[0].set(column))
-    )
-    return row[:, None] * matrix * column, (matrix, rows, columns)
-
-
-def _sinkhorn_backward(iterations, eps, residuals, grad):
-    """Run the iterations backwards: d(s / (s x + eps)) = -s'^2 dx + eps (s' / s)^2 ds."""
-    matrix, rows, columns = residuals
-
-    def step(i, carry):
-        d_row, d_column, (row, column), (row_before, column_before), d_matrix = carry
-        d_sums = -d_column * column * column
-        d_column = eps * d_column * (column / column_before) ** 2
-        d_row = d_row + _sum_columns(matrix, d_sums)
-        d_matrix = d_matrix + row[:, None] * d_sums
-        d_sums = -d_row * row * row
-        d_row = eps * d_row * (row / row_before) ** 2
-        d_column = d_column + _sum_rows(matrix, d_sums)
-        d_matrix = d_matrix + d_sums[:, None] * column_before
-        # The scalings of the step after next are fetched here: read from the history where they
-        # are used, they would keep XLA on CPU from vectorising the arithmetic above.
-        return d_row, d_column, (row_before, column_before), scales(iterations - 3 - i), d_matrix
-
-    def scales(i):
-        i = jnp.maximum(i, 0)
-        return rows[i], columns[i]
-
-    last = scales(iterations - 1)
-    row, column = last
-    weighted = grad * matrix
-    carry = (
-        _sum_columns(weighted, column), _sum_rows(weighted, row), last, scales(iterations - 2),
-        grad * row[:, None] * column,
-    )
-    _, d_column, (_, column), _, d_matrix = jax.lax.fori_loop(0, iterations - 1, step, carry)
-    return (d_matrix - d_column * column * column,)
-
-
-sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
-
-
-def _sum_rows(matrix: Float[Array, "n m b t"], row: Float[Array, "n b t"]) -> Array:
-    """Return sum_n row[n] matrix[n, m]; written out, because XLA on CPU is slow at tiny sums."""
-    return sum(matrix[n] * row[n] for n in range(matrix.shape[0]))
-
-
-def _sum_columns(matrix: Float[Array, "n m b t"], column: Float[Array, "m b t"]) -> Array:
-    """Return sum_m matrix[n, m] column[m]."""
-    return sum(matrix[:, m] * column[m] for m in range(matrix.shape[1]))
+    return jax.lax.fori_loop(0, iterations - 1, step, by_columns(matrix))
 
 
 def mix_logits(streams: Streams, fn: Float[Array, "n d x"], eps: float) -> Float[Array, "x b t"]:

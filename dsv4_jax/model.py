@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dsv4_jax.attention import Places
 from dsv4_jax.attention.layout import block_starts, document_offsets, entry_layout
-from dsv4_jax.block import Batch, Block
+from dsv4_jax.block import Batch, block_class
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
@@ -65,7 +65,7 @@ class Pair(nn.Module):
         stats = {}
         for layer in (self.layer, self.layer + 1):
             kind = self.config.layer_types[layer]
-            block = _block_class(self.runtime)(
+            block = block_class(self.runtime, scanned=True)(
                 self.config, self.runtime, kind, LEARNED, layer, name=kind
             )
             streams, stats[kind] = block(streams, batch)
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         for layer in range(prelude):
             name = f"layers_{layer}"
             kinds = c.layer_types[layer], c.moe_types[layer]
-            block = _block_class(runtime)(c, runtime, *kinds, layer, name=name)
+            block = block_class(runtime)(c, runtime, *kinds, layer, name=name)
             streams, router[name] = block(streams, batch)
             streams = self._constrain(streams)
         if pairs:
@@ -166,10 +166,6 @@ def param_shapes(config: ModelConfig) -> dict:
     """Return the tree of `params.Weight`s with shapes for values; nothing is computed."""
     model, tokens = Transformer(config), jnp.zeros((1, 1), jnp.int32)
     return jax.eval_shape(lambda key: model.init(key, tokens)["params"], jax.random.key(0))
-
-
-def _block_class(runtime: Runtime) -> type[Block]:
-    return nn.remat(Block, prevent_cse=False) if runtime.remat else Block
 
 
 def _describe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.block import Batch, Block
+from dsv4_jax.block import Batch, block_class
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
@@ -60,7 +60,9 @@ class MultiTokenPrediction(nn.Module):
         h = rms_norm(streams, stream_norm, eps=c.rms_norm_eps)
         joined = jnp.einsum("btd,dx->btx", e, w_token)[:, :, None]
         joined = joined + jnp.einsum("btnd,dx->btnx", h, w_stream)
-        block = Block(c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block")
+        block = block_class(self.runtime)(
+            c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block"
+        )
         streams, stats = block(joined, batch)
         final_norm = param(self, "final_norm", "width", (d,), ones)
         x = StreamHead(c, name="head_mix")(streams)

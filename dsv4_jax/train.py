@@ -155,10 +155,20 @@ def _step_line(step: int, steps: int, values: dict[str, float], seconds_left: fl
 
 
 def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Compiled:
+    """Compile the step for arguments placed as these are.
+
+    From their description: a fresh state and a restored one differ in what JAX may still move, so
+    that they themselves would make two programs, and a run that goes on would compile again.
+    """
     outputs = None if run.mesh is None else (state_shardings(run.config, run.mesh), None)
-    step = make_train_step(run.config, run.mesh)
+    step = jax.jit(
+        make_train_step(run.config, run.mesh), donate_argnums=0, out_shardings=outputs
+    )
+    described = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
+    )
     with timed("compiling the training step"):
-        return jax.jit(step, donate_argnums=0, out_shardings=outputs).lower(state, batch).compile()
+        return step.lower(*described).compile()
 
 
 class _Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -180,9 +181,10 @@ def test_overrides_reach_the_config(command, launcher, config_file, tmp_path):
     seen = []
     main = seen.append
     arguments = (
-        f"--config={config_file}:9", "--config.optimizer.learning_rate=2", "--config.data.tokenizer=t",
-        "--config.runtime.remat", "--config.model.layer_types=('csa', 'hca')", "--config.train.steps",
-        "7", f"--workdir={tmp_path}",
+        f"--config={config_file}:9", "--config.optimizer.learning_rate=2",
+        "--config.data.tokenizer=t", "--config.runtime.remat",
+        "--config.model.layer_types=('csa', 'hca')", "--config.train.steps", "7",
+        f"--workdir={tmp_path}",
     )
     status, error = command(*arguments, main=lambda: main(launcher["CONFIG"].value.to_dict()))
     assert (status, error) == (None, "")
@@ -205,10 +207,9 @@ def test_an_error_of_ours_keeps_its_traceback(launcher, monkeypatch, config_file
 
 def test_the_real_command_exits_with_status_2_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:dsv4_jax", ROOT / "launch" / "train.py",
-         f"--config={ROOT / 'configs' / 'tiny.py'}", f"--workdir={tmp_path}",
-         "--config.optimizer.learning_rat=1"],
-        capture_output=True, text=True, cwd=ROOT, check=False,
+        [sys.executable, ROOT / "launch" / "train.py", f"--config={ROOT / 'configs' / 'tiny.py'}",
+         f"--workdir={tmp_path}", "--config.optimizer.learning_rat=1"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -295,9 +295,9 @@ class NoBlock(nn.Module):
 
 def test_prediction_joins_streams_and_next_embedding(monkeypatch):
     """Around its layer, each token's vector equals fact sheet 4 in float64."""
-    monkeypatch.setattr(mtp, "Block", NoBlock)
     rng, eps, n, d = np.random.default_rng(4), FULL.rms_norm_eps, FULL.hc_mult, FULL.hidden_size
     params = {k: v for k, v in random_params(FULL)["mtp"].items() if k != "block"}
+    monkeypatch.setattr(mtp, "block_class", lambda runtime: NoBlock)
     streams, embedded = rng.standard_normal((2, 3, n, d)), rng.standard_normal((2, 3, d))
     embedded[0, 2] = 0  # no next token
     actual, _ = mtp.MultiTokenPrediction(FULL, Runtime()).apply(
@@ -372,11 +372,14 @@ def test_schedule_is_factored_into_prelude_and_pairs(layer_types, moe_types, exp
     assert factor_schedule(config) == expected
 
 
+def is_jaxpr(x) -> bool:
+    return isinstance(x, (ClosedJaxpr, Jaxpr))
+
+
 def equations(jaxpr: Jaxpr) -> Iterator:
     """Yield all equations, those inside of others too."""
     for equation in jaxpr.eqns:
         yield equation
-        is_jaxpr = lambda x: isinstance(x, (ClosedJaxpr, Jaxpr))  # noqa: E731
         for inner in filter(is_jaxpr, jax.tree.leaves(equation.params, is_leaf=is_jaxpr)):
             yield from equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
 
