@@ -15,6 +15,7 @@ import jax
 from absl import app, flags
 
 from dsv4_jax import ModelConfig, Runtime, Transformer, init_params
+from dsv4_jax.compiler import compiler_options
 from dsv4_jax.flops import count_flops
 from dsv4_jax.loss import next_token_loss
 from dsv4_jax.params import merge, split_trainable
@@ -52,7 +53,8 @@ def measure(config: ModelConfig, length: int) -> tuple[float, int, float, float]
 
     step = jax.value_and_grad(loss)
     flops = count_flops(step, trainable, tokens)
-    compiled = jax.jit(step).lower(trainable, tokens).compile()
+    program = jax.jit(step, compiler_options=compiler_options())
+    compiled = program.lower(trainable, tokens).compile()
     jax.block_until_ready(compiled(trainable, tokens))
     seconds = []
     for _ in range(REPEATS.value):

@@ -15,6 +15,7 @@ import jax
 from absl import app, flags
 
 from dsv4_jax import ModelConfig, Runtime
+from dsv4_jax.compiler import compiler_options
 from dsv4_jax.flops import count_flops
 from dsv4_jax.run_config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from dsv4_jax.train_step import init_state, make_train_step
@@ -55,7 +56,8 @@ def measure(config: RunConfig) -> tuple[float, float, int, float]:
     state, step = init_state(config), make_train_step(config)
     gflop = count_flops(step, state, batch).total / 1e9
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    program = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    compiled = program.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
     seconds = []
     for _ in range(REPEATS.value + 1):

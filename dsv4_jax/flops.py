@@ -197,6 +197,12 @@ def _count_shard_map(eqn: core.JaxprEqn) -> Flops:
     return _count_jaxpr(eqn.params["jaxpr"]) * math.prod(mesh.shape[axis] for axis in axes)
 
 
+def _count_hi_primitive(eqn: core.JaxprEqn) -> Flops:
+    """Count what the primitive stands for: remat and custom derivatives, from jax 0.12 on."""
+    primitive = eqn.params["_prim"]
+    return count_flops(primitive.expand, *primitive.in_avals)
+
+
 _STRUCTURED = {
     "dot_general": _count_dot,
     "ragged_dot_general": _count_ragged_dot,
@@ -205,6 +211,7 @@ _STRUCTURED = {
     "scan": _count_scan,
     "cond": _count_cond,
     "shard_map": _count_shard_map,
+    "call_hi_primitive": _count_hi_primitive,
 }
 
 

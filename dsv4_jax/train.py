@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv4_jax.checkpoint import Checkpoints
+from dsv4_jax.compiler import compiler_options
 from dsv4_jax.data import (
     Batch,
     TokenizedCorpus,
@@ -162,7 +163,8 @@ def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Comp
     """
     outputs = None if run.mesh is None else (state_shardings(run.config, run.mesh), None)
     step = jax.jit(
-        make_train_step(run.config, run.mesh), donate_argnums=0, out_shardings=outputs
+        make_train_step(run.config, run.mesh), donate_argnums=0, out_shardings=outputs,
+        compiler_options=compiler_options(),
     )
     described = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
@@ -182,7 +184,9 @@ class _Evaluation:
             shard_index=jax.process_index(), shard_count=jax.process_count(),
         )
         self._place = partial(run.place, rows=rows)
-        self._nats = jax.jit(make_evaluation(run.config, run.mesh))
+        self._nats = jax.jit(
+            make_evaluation(run.config, run.mesh), compiler_options=compiler_options()
+        )
         self._bytes = len(run.corpus.held_out_text)
         self._baselines = baseline_bits_per_byte(run.corpus.held_out_text)
 
