@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_jit
 from flax import linen as nn
 
 from dsv4_jax import ModelConfig, chunks
@@ -35,16 +36,6 @@ PACKED = np.array([
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
-def quick_jit(function):
-    """Compile with few optimisations: each program runs once."""
-    options = {
-        "xla_backend_optimization_level": "0",
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    return jax.jit(function, compiler_options=options)
 
 
 def assert_close(actual, expected, tolerance: float = ROUNDING) -> None:

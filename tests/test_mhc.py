@@ -89,6 +89,30 @@ def test_sinkhorn_gradient_equals_finite_differences():
     assert actual == pytest.approx(expected, rel=1e-4)  # cancellation in the difference
 
 
+@pytest.mark.parametrize("common", [0.0, 100.0])
+@pytest.mark.parametrize("eps", [EPS, 0.05])
+def test_sinkhorn_gradient_equals_plain_differentiation_in_float64(eps, common):
+    """Also where a large part common to the whole gradient cancels."""
+    logits = 2 * normal(0, STREAMS, STREAMS, BATCH, 50)
+    weights = common + normal(1, STREAMS, STREAMS, BATCH, 50)
+
+    def weighted_sum(logits, normalise):
+        positive = jax.nn.softmax(logits, axis=1) + eps
+        return jnp.vdot(weights, normalise(positive))
+
+    def plain(matrix):
+        for iteration in range(ITERATIONS):
+            if iteration > 0:
+                matrix = matrix / (matrix.sum(axis=1, keepdims=True) + eps)
+            matrix = matrix / (matrix.sum(axis=0, keepdims=True) + eps)
+        return matrix
+
+    ours = np.asarray(jax.grad(weighted_sum)(logits, lambda x: sinkhorn(x, ITERATIONS, eps)))
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.grad(weighted_sum)(logits.astype(np.float64), plain))
+    assert np.linalg.norm(ours - expected) <= ROUNDING * np.linalg.norm(expected)
+
+
 def test_collapse_and_expand_equal_loops():
     streams = normal(0, BATCH, LENGTH, STREAMS, WIDTH)
     y = normal(1, BATCH, LENGTH, WIDTH)

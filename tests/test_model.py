@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_jit
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -78,16 +79,6 @@ def random_params(config: ModelConfig) -> dict:
 
 def random_tokens(rows: int = ROWS, length: int = LENGTH) -> np.ndarray:
     return np.random.default_rng(1).integers(0, FULL.vocab_size, (rows, length)).astype(np.int32)
-
-
-def quick_jit(function):
-    """Compile with few optimisations: each program runs once or twice."""
-    options = {
-        "xla_backend_optimization_level": "0",
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    return jax.jit(function, compiler_options=options)
 
 
 def make_features(config: ModelConfig = FULL, **runtime):
