@@ -57,7 +57,7 @@ def read_config_file(value: str) -> ConfigDict:
       InputError: the file cannot be read or run, or returns something else.
     """
     path, *argument = value.split(":", 1)
-    if not Path(path).is_file():
+    if not _is_file(path):
         raise InputError(
             f"--{CONFIG}: expected a Python file, but {path!r} is none; name a file of configs/"
         )
@@ -76,6 +76,13 @@ def read_config_file(value: str) -> ConfigDict:
             "configs/tiny.py"
         )
     return config
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # too long a name, or a folder that may not be looked into
+        return False
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -137,6 +137,14 @@ def check_choice(name: str, value, choices: tuple) -> None:
         raise InputError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
+SEEDS = "0 to 2^32 - 1"
+
+
+def is_seed(value: int) -> bool:
+    """Say whether every random generator of a run takes the value."""
+    return 0 <= value < 2**32
+
+
 def check_field_types(config) -> None:
     """Raise an InputError naming the first field of a dataclass whose value is ill-typed.
 
@@ -211,6 +219,7 @@ def _check_dims(c: ModelConfig) -> None:
             c.yarn_beta_fast > c.yarn_beta_slow,
             f"more than yarn_beta_slow ({c.yarn_beta_slow})",
         ),
+        ("hash_seed", is_seed(c.hash_seed), SEEDS),
         ("csa_ratio", c.csa_ratio >= 2, "at least 2: entries stand for several tokens"),
         ("hca_ratio", c.hca_ratio >= 2, "at least 2: entries stand for several tokens"),
     )

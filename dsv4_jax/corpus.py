@@ -59,7 +59,13 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
       InputError: the source is missing, unreadable, empty, not UTF-8, not JSON lines, or too
         small to be split; the message names the place.
     """
-    documents = [document for document in _read_source(source, text_field) if document.text]
+    try:
+        documents = [document for document in _read_source(source, text_field) if document.text]
+    except OSError as error:
+        raise InputError(
+            f"data.source: cannot read {error.filename}: {error.strerror}; check the path and its "
+            "permissions"
+        ) from error
     if not documents:
         raise InputError(
             f"data.source: expected text, but there is none in {source}; name a file with text, "
@@ -100,7 +106,7 @@ def _read_stdlib() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in _files_below(root, lambda name: name in _NOT_LIBRARY):
         if path.suffix == ".py":
-            name, data = path.relative_to(root).as_posix(), _read_bytes(path)
+            name, data = path.relative_to(root).as_posix(), path.read_bytes()
             if _is_utf8(data):
                 yield Document(name, name, data.decode())
 
@@ -112,12 +118,12 @@ def _read_directory(root: Path, text_field: str) -> Iterator[Document]:
 
 def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
     if path.suffix == ".jsonl":
-        for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
             if line.strip():
                 text = _text_of_line(line, f"{path}:{number}", text_field)
                 yield Document(f"{name}:{number}", text, text)
     else:
-        yield Document(name, name, _decode(_read_bytes(path), str(path)))
+        yield Document(name, name, _decode(path.read_bytes(), str(path)))
 
 
 def _text_of_line(line: bytes, place: str, text_field: str) -> str:
@@ -168,23 +174,14 @@ def _hash(key: str) -> bytes:
 def _files_below(root: Path, leave_out) -> list[Path]:
     """List the regular files below a folder in the order of their relative paths."""
     found = []
-    for folder, folders, files in os.walk(root, onerror=_refuse_unreadable):
+    for folder, folders, files in os.walk(root, onerror=_raise):
         folders[:] = [name for name in folders if not leave_out(name)]
         found += [Path(folder, name) for name in files if not leave_out(name)]
     return sorted((path for path in found if path.is_file()), key=lambda p: p.relative_to(root))
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        _refuse_unreadable(error)
-
-
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise InputError(
-        f"data.source: cannot read {error.filename}: {error.strerror}; check its permissions"
-    ) from error
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _decode(data: bytes, place: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from dsv4_jax.errors import InputError
 from dsv4_jax.model import Transformer
 from dsv4_jax.shapes import Array, Float
-from dsv4_jax.tokenizer import check_token_ids
+from dsv4_jax.token_ids import check_token_ids
 
 
 def sample_token(

@@ -22,6 +22,7 @@ from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.router import RouterStats
 from dsv4_jax.shapes import Hidden, Logits, Streams, Tokens
 from dsv4_jax.sharding import constrain, shardings_of
+from dsv4_jax.token_ids import check_token_ids
 
 
 class Features(NamedTuple):
@@ -79,10 +80,14 @@ class Transformer(nn.Module):
     [b, t, v]; `method="features"` returns `Features`.
 
     Args of both:
-      tokens: ids in [0, vocab_size); not checked here, see `data.check_token_ids`.
+      tokens: ids in [0, vocab_size). Values are checked where there are any: not under `jit`,
+        where looking up another id gives some row or NaN; see `check_token_ids`.
       segment_ids: 0 is padding; documents are contiguous runs of one id above 0. None: each row
         is one document.
       positions: of each token in its document, for the rotary embedding; None counts them.
+
+    Raises:
+      InputError: a token id outside the vocabulary.
 
     Source: report 2; fact sheet 2.1.
     """
@@ -104,6 +109,8 @@ class Transformer(nn.Module):
         mtp: bool = True,
     ) -> Features:
         c, dtype = self.config, self.runtime.compute_dtype
+        if not isinstance(tokens, jax.core.Tracer):
+            check_token_ids(tokens, c.vocab_size)
         table = param(self, "embedding", "vocab -> width", (c.vocab_size, c.hidden_size))
         head = param(self, "head", "width -> vocab", (c.hidden_size, c.vocab_size)).astype(dtype)
         final_norm = param(self, "final_norm", "width", (c.hidden_size,), nn.initializers.ones)
@@ -118,7 +125,8 @@ class Transformer(nn.Module):
             after, exists = next_in_document(tokens, segment_ids)
             embedded = jnp.where(exists[..., None], table[after], 0).astype(dtype)
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
-            mtp_batch = batch._replace(tokens=after)
+            # A document's last token has nothing to predict here: its expert load is not counted.
+            mtp_batch = batch._replace(tokens=after, valid=exists)
             mtp_hidden, router["mtp/block"] = block(streams, embedded, mtp_batch)
             mtp_logits = self._logits(mtp_hidden, head)
         logits = self._logits(hidden, head)

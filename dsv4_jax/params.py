@@ -121,11 +121,6 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def axes_of(boxed_params) -> dict:
-    """Return the tree of axis names of a tree of `Weight`s."""
-    return jax.tree.map(lambda w: w.axes, boxed_params, is_leaf=_is_weight)
-
-
 def kinds_of(boxed_params) -> dict:
     """Return the tree of axis kinds of a tree of `Weight`s."""
     return jax.tree.map(lambda w: w.kinds, boxed_params, is_leaf=_is_weight)

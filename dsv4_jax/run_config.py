@@ -9,7 +9,14 @@ from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
-from dsv4_jax.config import ModelConfig, Runtime, check_choice, check_field_types
+from dsv4_jax.config import (
+    SEEDS,
+    ModelConfig,
+    Runtime,
+    check_choice,
+    check_field_types,
+    is_seed,
+)
 from dsv4_jax.errors import InputError
 
 
@@ -39,7 +46,7 @@ class DataConfig:
             ("tokenizer", self.tokenizer != "", "a path or None"),
             ("seq_len", self.seq_len >= 2, "at least 2: a token and its successor"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
+            ("seed", is_seed(self.seed), SEEDS),
             ("held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1, exclusive"),
             ("held_out_bytes", self.held_out_bytes >= 1, "at least 1"),
         )
@@ -120,7 +127,7 @@ class TrainConfig:
             *((name, getattr(self, name) >= 1, "at least 1") for name in counts.split()),
             *((name, _is_non_negative(getattr(self, name)), "a number of at least 0")
               for name in (*weights.split(), "sample_temperature")),
-            ("seed", self.seed >= 0, "at least 0"),
+            ("seed", is_seed(self.seed), SEEDS),
             ("sample_tokens", self.sample_tokens >= 1, "at least 1"),
             ("sample_top_p", 0 < self.sample_top_p <= 1, "above 0 and at most 1"),
         )
@@ -128,7 +135,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices."""
+    """Devices along each mesh axis; their product divides the number of devices."""
 
     data: int = 1  # copies of the parameters
     fsdp: int = 1  # parts of the parameters, gathered for use

@@ -25,6 +25,7 @@ from dsv4_jax.data import (
     make_train_iterator,
     prepare_corpus,
 )
+from dsv4_jax.errors import InputError
 from dsv4_jax.infer import generate
 from dsv4_jax.log import RunLog, duration, say, timed
 from dsv4_jax.model import param_shapes
@@ -83,6 +84,7 @@ def train(config: RunConfig, workdir: str | Path) -> TrainState:
 
 def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
     config = run.config
+    prompt = _sample_prompt(run)  # first: what cannot be sampled from is refused before training
     batches = make_train_iterator(
         run.corpus, config.data, shard_index=jax.process_index(), shard_count=jax.process_count()
     )
@@ -96,7 +98,7 @@ def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
     else:
         say(f"the run is complete: {first} of {config.train.steps} steps")
         evaluation.report(state.params)
-    _write_sample(run, state)
+    _write_sample(run, state, prompt)
     return state
 
 
@@ -199,10 +201,23 @@ class _Evaluation:
         return bits
 
 
-def _write_sample(run: _Run, state: TrainState) -> None:
-    """Print a text that the model continues from the prompt, and keep it in the workdir."""
+def _sample_prompt(run: _Run) -> np.ndarray:
+    """Return the token ids that the final sample continues."""
     plan, tokenizer = run.config.train, run.corpus.tokenizer
     prompt = np.array([tokenizer.bos_id, *tokenizer.encode(plan.sample_prompt)], np.int32)
+    room = run.config.model.max_position_embeddings - plan.sample_tokens
+    if len(prompt) > room:
+        raise InputError(
+            f"train.sample_prompt: expected at most {room} tokens, which leave room for "
+            f"sample_tokens={plan.sample_tokens} in max_position_embeddings, got {len(prompt)}; "
+            "shorten it"
+        )
+    return prompt
+
+
+def _write_sample(run: _Run, state: TrainState, prompt: np.ndarray) -> None:
+    """Print a text that the model continues from the prompt, and keep it in the workdir."""
+    plan, tokenizer = run.config.train, run.corpus.tokenizer
     new = generate(
         transformer_of(run.config), state.params, prompt, max_new_tokens=plan.sample_tokens,
         temperature=plan.sample_temperature, top_p=plan.sample_top_p, seed=plan.seed,

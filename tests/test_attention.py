@@ -60,14 +60,16 @@ def blocks_of(ids: np.ndarray, ratio: int) -> list[tuple[range, range]]:
     ]
 
 
-def dense_masks(ids: np.ndarray, ratio: int) -> tuple[np.ndarray, np.ndarray]:
+def dense_masks(
+    ids: np.ndarray, ratio: int, window: int = WINDOW_SIZE
+) -> tuple[np.ndarray, np.ndarray]:
     """Return which tokens and which entries each token of the rows sees, by loops."""
     b, t = ids.shape
     tokens, entries = np.zeros((b, t, t), bool), np.zeros((b, t, t // ratio), bool)
     for row in range(b):
         for document in documents_of(ids[row]):
             for query in document:
-                near = range(max(document.start, query - WINDOW_SIZE + 1), query + 1)
+                near = range(max(document.start, query - window + 1), query + 1)
                 tokens[row, query, list(near)] = True
         for entry, (document, block) in enumerate(blocks_of(ids[row], ratio)):
             seeing = [query for query in document if query >= block[-1]]
@@ -152,6 +154,20 @@ def test_hybrid_equals_dense(ids, segment_ids, ratio):
         return dense_attention(*operands, *masks)
 
     assert_equal_functions(ours, dense, operands, ids > 0)
+
+
+def test_queries_before_the_first_complete_block_see_their_window_alone():
+    """With a window of one token a whole stretch of the row may come before it."""
+    ids = np.ones((1, 48), np.int32)
+    operands, masks = random_operands(1, 48, 3), dense_masks(ids, 16, window=1)
+
+    def ours(*operands):
+        return attend_hybrid(
+            *operands, window=1, ratio=16, segment_ids=None,
+            layout=layout_of(ids.shape, 16, None), choose=all_visible,
+        )  # fmt: skip
+
+    assert_equal_functions(ours, lambda *x: dense_attention(*x, *masks), operands, ids > 0)
 
 
 # Long rows: more entries than the window, so that a row has several stretches; the last block is

@@ -136,7 +136,7 @@ def test_a_bad_config_file_is_refused_in_one_line(command, tmp_path, content, pa
 
 
 def test_a_missing_config_file_is_refused(command, tmp_path):
-    for path in (tmp_path / "none.py", tmp_path, ""):
+    for path in (tmp_path / "none.py", tmp_path, "", 300 * "x"):
         assert_refused(
             command(f"--config={path}", f"--workdir={tmp_path}"), "--config: ", repr(str(path))
         )

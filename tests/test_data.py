@@ -410,8 +410,13 @@ def test_unreadable_files_are_refused(tmp_path, monkeypatch):
 
     (tmp_path / "a.txt").write_bytes(b"text")
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read any file
-    with pytest.raises(ValueError, match="cannot read .*a.txt: Permission denied; check its"):
+    with pytest.raises(ValueError, match="cannot read .*a.txt: Permission denied; check the path"):
         read_corpus(str(tmp_path), text_field="text", held_out_fraction=0.1)
+
+
+def test_a_path_that_no_system_takes_is_refused():
+    with pytest.raises(ValueError, match="cannot read x+: File name too long; check the path"):
+        read_corpus(300 * "x", text_field="text", held_out_fraction=0.1)
 
 
 def test_empty_and_binary_directories_are_refused(tmp_path):

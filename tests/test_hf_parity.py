@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_jit
 from flax.traverse_util import flatten_dict
 from hf_oracle import Oracle, import_tensors
 
@@ -126,12 +127,6 @@ def oracle_of(name: str) -> tuple[Oracle, dict, np.ndarray]:
     oracle = Oracle(config, seed=len(name))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (BATCH, lengths[-1]))
     return oracle, import_tensors(oracle.tensors(), config), tokens.astype(np.int32)
-
-
-def quick_jit(function):
-    """Compile with few optimisations: each program runs once."""
-    options = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(function, compiler_options=options)
 
 
 def assert_logits_equal(logits: jax.Array, expected: np.ndarray) -> None:

@@ -114,6 +114,9 @@ def test_json_round_trip():
         ("optimizer.weight_decay", -0.1, ("at least 0, got -0.1",)),
         ("train.accumulation", 0, ("expected at least 1, got 0",)),
         ("train.mtp_weight", -1, ("at least 0, got -1",)),
+        ("data.seed", -1, ("0 to 2^32 - 1, got -1",)),
+        ("train.seed", 2**63, ("0 to 2^32 - 1, got 9223372036854775808",)),
+        ("model.hash_seed", 2**32, ("0 to 2^32 - 1, got 4294967296",)),
         ("train.sample_top_p", 0.0, ("above 0 and at most 1, got 0.0",)),
         ("mesh.expert", 0, ("expected at least 1, got 0",)),
         # Sections that contradict each other

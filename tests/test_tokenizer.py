@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4_jax import tokenizer as tokenizer_module
+from dsv4_jax.token_ids import check_token_ids
 from dsv4_jax.tokenizer import (
     BOS,
     EOS,
     TOKENIZER_FILE,
     Tokenizer,
-    check_token_ids,
     load_tokenizer,
     tokenizer_of_run,
     train_tokenizer,
@@ -176,27 +176,6 @@ def test_a_vocabulary_must_hold_all_bytes():
 def test_half_surrogate_pairs_are_refused():
     with pytest.raises(ValueError, match=r"text: expected .* got '\\ud800' at character 2"):
         TOKENIZER.encode("ab\ud800")
-
-
-@pytest.mark.parametrize("ids", [[], [0], [9], [0, 9], np.array([[1, 2], [3, 9]], np.uint16)])
-def test_ids_in_range_pass(ids):
-    check_token_ids(ids, 10)
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([1, -1], r"0 to 9 \(vocab_size 10\), got -1 at index \(1,\)"),
-        ([[1, 2], [10, 3]], r"0 to 9 \(vocab_size 10\), got 10 at index \(1, 0\)"),
-        ([2**31], "got 2147483648"),
-        ([2**70], "expected integers, got object"),
-        ([1.0], "expected integers, got float64"),
-        ([True], "expected integers, got bool"),
-    ],
-)
-def test_ids_out_of_range_are_refused(ids, message):
-    with pytest.raises(ValueError, match=message):
-        check_token_ids(ids, 10)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

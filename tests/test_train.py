@@ -178,6 +178,22 @@ def test_the_sample_is_printed_and_kept(straight):
     assert "\n".join(straight.lines).endswith("sample:\n" + "\n".join(kept.splitlines()))
 
 
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("\udcff", "expected characters with a UTF-8 form"),
+        (40 * "xyz", "train.sample_prompt: expected at most 120 tokens, .* got 121"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_before_training(
+    source, tmp_path, prompt, message
+):
+    config = RunConfig.from_config_dict(sections_of(source, sample_prompt=prompt))
+    with pytest.raises(InputError, match=message):
+        train(config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_what_is_frozen_stays_and_the_rest_moves(straight, config):
     before = {
         path_name(path): np.asarray(leaf)

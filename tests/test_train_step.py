@@ -1,0 +1,117 @@
+"""The objective of a training step, against the sum of losses that the report states."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiling import quick_jit
+from flax.traverse_util import flatten_dict
+
+from dsv4_jax.params import merge, split_trainable
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train_step import init_state, make_train_step, transformer_of
+
+ROUNDING = 1e-5  # ratio: the same float32 sums in another order
+STEPS, DECAY_START = 10, 6
+MTP_WEIGHT, MTP_WEIGHT_IN_DECAY, BALANCE_WEIGHT, BIAS_RATE = 0.3, 0.1, 0.5, 0.01
+
+CONFIG = RunConfig.from_config_dict({
+    "model": {
+        "vocab_size": 32, "hidden_size": 16, "layer_types": ["window"] + ["csa", "hca"] * 2,
+        "moe_types": ["hash"] + ["learned"] * 4, "num_attention_heads": 4, "head_dim": 8,
+        "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 4,
+        "sliding_window": 4, "csa_ratio": 2, "hca_ratio": 4, "index_n_heads": 4,
+        "index_head_dim": 8, "index_topk": 2, "yarn_original_positions": 16,
+        "max_position_embeddings": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8, "hc_mult": 2, "hc_sinkhorn_iters": 3,
+    },
+    "runtime": {"csa": "dense"},
+    "data": {"seq_len": 16, "batch_size": 2},
+    "optimizer": {
+        "name": "adamw", "learning_rate": 1e-3, "end_learning_rate": 1e-4, "warmup_steps": 1,
+        "decay_fraction": 1 - DECAY_START / STEPS, "clip_norm": 1e9,
+    },
+    "train": {
+        "steps": STEPS, "eval_every": 10, "checkpoint_every": 10, "mtp_weight": MTP_WEIGHT,
+        "mtp_weight_in_decay": MTP_WEIGHT_IN_DECAY, "balance_weight": BALANCE_WEIGHT,
+        "bias_update_rate": BIAS_RATE,
+    },
+})  # fmt: skip
+BATCH = {
+    "tokens": np.random.default_rng(0).integers(0, 32, (2, 16)).astype(np.int32),
+    "segment_ids": np.array([[1] * 9 + [2] * 7, [5] * 2 + [3] * 10 + [0] * 4], np.int32),
+}
+
+
+def mean_nats(logits: jax.Array, shift: int) -> jax.Array:
+    """Average -log p of the token `shift` places on over places whose document reaches so far."""
+    log_p, segments = jax.nn.log_softmax(logits), BATCH["segment_ids"]
+    nats = [
+        -log_p[row, t, BATCH["tokens"][row, t + shift]]
+        for row, t in np.ndindex(segments.shape[0], segments.shape[1] - shift)
+        if segments[row, t] == segments[row, t + shift] > 0
+    ]
+    return jnp.mean(jnp.stack(nats))
+
+
+def objective(trainable, frozen, mtp_weight: float):
+    """Return the loss, and its parts with the features."""
+    params = {"params": merge(trainable, frozen)}
+    features = transformer_of(CONFIG).apply(params, **BATCH, method="features")
+    main, mtp = mean_nats(features.logits, 1), mean_nats(features.mtp_logits, 2)
+    balance = sum(jnp.sum(stats.balance_loss) for stats in features.router.values())
+    return main + mtp_weight * mtp + BALANCE_WEIGHT * balance, (main, mtp, balance, features)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state whose gates and biases are away from their symmetric start."""
+    state, choose = init_state(CONFIG), np.random.default_rng(1)
+    trainable, frozen = split_trainable(state.params)
+    moved = jax.tree.map(
+        lambda w: w + 0.1 * choose.normal(size=w.shape).astype(np.float32), trainable
+    )
+    return state._replace(params=merge(moved, frozen))
+
+
+@pytest.fixture(scope="module")
+def step():
+    return quick_jit(make_train_step(CONFIG))
+
+
+@pytest.mark.parametrize(
+    "taken, mtp_weight", [(DECAY_START - 1, MTP_WEIGHT), (DECAY_START, MTP_WEIGHT_IN_DECAY)]
+)
+def test_a_step_descends_the_stated_objective(state, step, taken, mtp_weight):
+    after, metrics = step(state._replace(step=jnp.int32(taken)), BATCH)
+    gradient = quick_jit(jax.grad(objective, has_aux=True))
+    expected, parts = gradient(*split_trainable(state.params), mtp_weight)
+    for name, part in zip(("loss", "mtp_loss", "balance_loss"), parts, strict=False):
+        np.testing.assert_allclose(metrics[name], part, rtol=ROUNDING)
+    moments = flatten_dict(optax.tree.get(after.opt_state, "mu"))  # of fresh AdamW: 0.1 g
+    largest = max(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(expected))
+    compared = 0
+    for path, wanted in flatten_dict(expected).items():
+        if "indexer" not in path:  # frozen
+            error = np.linalg.norm(moments[path] / 0.1 - wanted)
+            assert error <= ROUNDING * largest, path
+            compared += 1
+    assert compared > 50
+
+
+def test_a_step_moves_every_selection_bias_towards_even_load(state, step):
+    after, _ = step(state, BATCH)
+    _, (*_, features) = quick_jit(objective)(*split_trainable(state.params), MTP_WEIGHT)
+    before, after = (flatten_dict(s.params, sep="/") for s in (state, after))
+    moved = {path for path in before if path.endswith("selection_bias")}
+    assert moved == {f"{p}/moe/selection_bias" for p in ("pairs/csa", "pairs/hca", "mtp/block")}
+    for path in moved:
+        load = np.asarray(features.router[path.removesuffix("/moe/selection_bias")].load)
+        direction = np.sign(load.mean(axis=-1, keepdims=True) - load)
+        assert direction.any()
+        np.testing.assert_allclose(
+            after[path] - before[path], BIAS_RATE * direction, rtol=ROUNDING
+        )
