@@ -1,4 +1,4 @@
-"""Set up every test: eight simulated devices, quiet logs, shapes checked at run time."""
+"""Set up every test: eight simulated CPU devices."""
 
 from __future__ import annotations
 
