@@ -115,7 +115,8 @@ CASES = {
     "unrolled": (UNROLLED, (20, 127, 128, 150)),
 }
 # The streams of the first layer are copies of one: a mix of them changes them only by way of the
-# epsilons, so its gradients may be rounding noise. The selection of entries has no gradient.
+# epsilons, so its gradients are what remains of sums that cancel, down to rounding noise alone:
+# equal here means within that noise. The selection of entries has no gradient.
 INERT = ("layers_0/attention_mix/", "/indexer/")
 ZERO = 1e-7  # of the largest gradient norm: below it, float32 holds nothing but noise
 
@@ -191,9 +192,9 @@ def test_logits_and_gradients(name):
     largest = max(np.linalg.norm(gradient) for gradient in expected.values())
     mismatches = {}
     for path, wanted in expected.items():
-        norm, norm_of_ours = np.linalg.norm(wanted), np.linalg.norm(gradients[path])
-        if max(norm, norm_of_ours) <= ZERO * largest:
-            assert any(inert in path for inert in INERT), f"{path}: the case does not exercise it"
-        elif (error := np.linalg.norm(gradients[path] - wanted)) > GRADIENT_TOLERANCE * norm:
-            mismatches[path] = f"{error:.1e} of {norm:.1e}"
+        norm, error = np.linalg.norm(wanted), np.linalg.norm(gradients[path] - wanted)
+        inert = any(name in path for name in INERT)
+        assert inert or norm > ZERO * largest, f"{path}: the case does not exercise it"
+        if error > max(GRADIENT_TOLERANCE * norm, ZERO * largest * inert):
+            mismatches[path] = f"{error:.1e} of {norm:.1e}, largest {largest:.1e}"
     assert not mismatches
