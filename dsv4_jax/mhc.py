@@ -57,8 +57,8 @@ def _sinkhorn_backward(iterations, eps, matrix, grad):
 
     With y = x / (sum x + eps) and G = dL/dlog y, the gradient of L in log x is G - y sum(G). Each
     x is y times its sums. Every step removes what normalising cancels, so that rounding does not
-    grow: the error is that of plain differentiation or less, and nothing of the forward pass is
-    stored but its input.
+    grow: element by element the error was that of plain differentiation or less where it was
+    measured. Nothing of the forward pass is stored but its input.
     """
 
     def forward(x, _):
