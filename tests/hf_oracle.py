@@ -1,11 +1,15 @@
 """The independent reference: a random DeepSeek-V4 of transformers and its weights in our tree.
 
-Source: transformers 5.23 `DeepseekV4ForCausalLM`, eager, float32, on CPU.
+Source: transformers 5.23 `DeepseekV4ForCausalLM`, eager, on CPU; float32, gradients in
+float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,24 +98,38 @@ class Oracle:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Return the logits [b, t, v] of token ids [b, t]."""
         with torch.no_grad():
-            return self._logits(tokens).numpy()
+            return _logits(self.model, tokens).numpy()
 
     def gradients(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Return the gradients of the mean next-token cross-entropy over b (t-1) targets.
 
-        The indexer's are zero: nothing flows through the selection of entries.
+        They are computed in float64: where sums cancel, those of float32 carry rounding of their
+        own, as large as ours. The indexer's are zero: nothing flows through the selection of
+        entries.
         """
-        self.model.zero_grad(set_to_none=True)
-        logits = self._logits(tokens)[:, :-1]
+        model = copy.deepcopy(self.model).double()
         targets = torch.from_numpy(tokens[:, 1:]).long()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        with _float64_islands():
+            logits = _logits(model, tokens)[:, :-1]
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         return {
-            name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy().copy()
-            for name, p in self.model.named_parameters()
+            name: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.float().numpy()
+            for name, p in model.named_parameters()
         }
 
-    def _logits(self, tokens: np.ndarray) -> torch.Tensor:
-        return self.model(torch.from_numpy(tokens).long(), use_cache=False).logits
+
+def _logits(model: DeepseekV4ForCausalLM, tokens: np.ndarray) -> torch.Tensor:
+    return model(torch.from_numpy(tokens).long(), use_cache=False).logits
+
+
+@contextlib.contextmanager
+def _float64_islands() -> Iterator[None]:
+    """Let the parts that a model of float64 would still compute in float32 stay in float64."""
+    with (
+        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
 
 
 def _random_tensor(rng, name: str, tensor: torch.Tensor, config: ModelConfig) -> np.ndarray:
