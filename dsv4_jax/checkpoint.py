@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
 from dsv4_jax.errors import InputError
+from dsv4_jax.files import explain_failed_write
 
 # What a run may not change when it continues: these shape the state or the order of the data.
 FIXED_KEYS = ("model", "data.source", "data.text_field", "data.tokenizer", "data.seq_len",
@@ -21,20 +25,23 @@ class Checkpoints:
     Args:
       config: of the run, as JSON types; it is saved with every checkpoint.
     Raises:
-      InputError: the newest checkpoint is of a run that differs in `FIXED_KEYS`.
+      InputError: the newest checkpoint is of a run that differs in `FIXED_KEYS`, or is damaged;
+        the folder cannot be written.
     """
 
     def __init__(self, workdir: Path, *, keep: int, config: dict):
+        folder = workdir.absolute() / "checkpoints"
+        with explain_failed_write(folder):
+            folder.mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(folder, options=options)
         self._config = config
         self.latest_step: int | None = self._manager.latest_step()  # of a complete checkpoint
         if self.latest_step is not None:
             saved = self._restore(self.latest_step, config=ocp.args.JsonRestore())["config"]
-            where = self._manager.directory / str(self.latest_step)
-            check_same_run(saved, config, str(where))
+            check_same_run(saved, config, str(folder / str(self.latest_step)))
 
     def save(self, step: int, state: Any, place: dict) -> None:
         """Start to write a checkpoint; it appears under its name only when it is complete.
@@ -46,24 +53,25 @@ class Checkpoints:
         Args:
           place: in the data, `TrainIterator.get_state()`.
         Raises:
-          OSError: an earlier write failed, for instance for want of space.
+          InputError: this write or the one before, in the background, failed.
         """
         # The place is the same on every host, so it is plain JSON, not grain's file per host: a
         # run may go on with another number of hosts.
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(place),
-                config=ocp.args.JsonSave(self._config),
-            ),
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(place),
+            config=ocp.args.JsonSave(self._config),
         )
+        with self._explain_failed_save():
+            self._manager.save(step, args=items)
 
     def restore(self, like: Any) -> tuple[Any, dict]:
         """Return the state and the place in the data of the latest step.
 
         Args:
           like: the tree of shapes, dtypes and shardings that the state is to have.
+        Raises:
+          InputError: the checkpoint is damaged.
         """
         restored = self._restore(
             self.latest_step, state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
@@ -71,12 +79,41 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def close(self) -> None:
-        """Wait for the last write and stop writing."""
-        self._manager.wait_until_finished()
+        """Wait for the last write and stop writing.
+
+        Raises:
+          InputError: that write failed.
+        """
+        with self._explain_failed_save():
+            self._manager.wait_until_finished()
         self._manager.close()
 
+    def _explain_failed_save(self) -> contextlib.AbstractContextManager[None]:
+        return _explained(
+            f"cannot write a checkpoint to {self._manager.directory}",
+            "make room or mend the disk, and start again: the run goes on from the checkpoint "
+            "before",
+        )
+
     def _restore(self, step: int, **items) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        where = self._manager.directory / str(step)
+        remedy = "move that folder away to go on from the checkpoint before, if there is one"
+        with _explained(f"cannot read the checkpoint {where}", remedy):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+
+@contextlib.contextmanager
+def _explained(failure: str, remedy: str) -> Iterator[None]:
+    """Turn what Orbax raises in the block into an InputError.
+
+    Whatever it is: of a disk that is full or a file that is damaged, Orbax and TensorStore tell by
+    OSError, ValueError, JSONDecodeError and Exception itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
+        raise InputError(f"{failure}: {reason}; {remedy}") from error
 
 
 def check_same_run(saved: dict, config: dict, where: str) -> None:

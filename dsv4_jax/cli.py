@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import runpy
 import sys
@@ -10,7 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from dsv4_jax.errors import InputError
@@ -29,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
 
     def checked(_: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
+            _quieten_libraries()
         try:
             main()
         except InputError as error:
@@ -156,6 +158,24 @@ def _line_of(error: Exception, path: str) -> int | None:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     return lines[-1] if lines else None
+
+
+def _quieten_libraries() -> None:
+    """Let libraries log warnings only, and nothing of the errors that they raise as well.
+
+    When a checkpoint cannot be written, Orbax logs a traceback in each of its threads, asyncio one
+    for each array, and TensorStore's answers find no event loop any more.
+    """
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _refuse(message: object) -> None:

@@ -24,7 +24,8 @@ import numpy as np
 
 from dsv4_jax.corpus import read_corpus
 from dsv4_jax.errors import InputError
-from dsv4_jax.tokenizer import Tokenizer, tokenizer_of_run, write_atomically
+from dsv4_jax.files import write_atomically
+from dsv4_jax.tokenizer import Tokenizer, tokenizer_of_run
 
 if TYPE_CHECKING:
     from dsv4_jax.run_config import DataConfig

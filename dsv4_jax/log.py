@@ -8,38 +8,81 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from dsv4_jax.tokenizer import write_atomically
+from dsv4_jax.errors import InputError
+from dsv4_jax.files import explain_failed_write, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Lines on the terminal; metrics as JSON lines and for TensorBoard in the workdir.
+    """Metrics as JSON lines and for TensorBoard in the workdir.
 
     Args:
       step: the run goes on from here; metrics of later steps, of a run that was cut off before
         it could save them, are dropped because those steps will come again.
+    Raises:
+      InputError: by all methods, if the files cannot be written; a line of metrics is none.
     """
 
     def __init__(self, workdir: Path, step: int):
-        path = workdir / METRICS_FILE
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        write_atomically(path, "".join(kept).encode())
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._path = workdir / METRICS_FILE
+        kept = [line for line, of_step in _whole_lines(self._path) if of_step <= step]
+        write_atomically(self._path, b"".join(kept))
+        self._board = _Board(workdir / "tensorboard", step + 1)
+        with explain_failed_write(self._path):
+            self._file = self._path.open("a")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the metrics of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with explain_failed_write(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        self._board.scalars(step, values)
 
     def close(self) -> None:
-        self._file.close()
+        with explain_failed_write(self._path):
+            self._file.close()
         self._board.close()
+
+
+class _Board:
+    """TensorBoard's event file, written at once.
+
+    tensorboardX's own SummaryWriter writes from a thread: a disk that is full kills it, and the
+    run then waits for ever for its queue to empty.
+
+    Args:
+      first_step: TensorBoard hides this and later steps of earlier event files in the folder.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self._folder = folder
+        with explain_failed_write(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._write([Event(step=first_step, session_log=start, wall_time=time.time())])
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        now = time.time()
+        self._write([
+            Event(step=step, summary=scalar(name, value), wall_time=now)
+            for name, value in values.items()
+        ])
+
+    def close(self) -> None:
+        with explain_failed_write(self._folder):
+            self._writer.close()
+
+    def _write(self, events: list[Event]) -> None:
+        with explain_failed_write(self._folder):
+            for event in events:
+                self._writer.write_event(event)
+            self._writer.flush()
 
 
 def say(text: str) -> None:
@@ -67,8 +110,23 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Return a file's lines, without a last one that was cut off in writing."""
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield a file's lines and their steps, without a last line that was cut off in writing."""
     if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            yield line, _step_of(line, f"{path}:{number}")
+
+
+def _step_of(line: bytes, where: str) -> int:
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON or no UTF-8
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise InputError(
+            f'{where}: expected metrics, like {{"step": 1, "loss": 8.3}}, got {line[:40]!r}; '
+            "mend or remove the line, or move the file away"
+        )
+    return record["step"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv4_jax.errors import InputError
+from dsv4_jax.files import write_atomically
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TOKENIZER_FILE = "tokenizer.json"  # its name in a run's workdir
@@ -100,7 +98,7 @@ class Tokenizer:
 
 
 def tokenizer_of_run(
-    texts: Sequence[str], *, path: str | None, workdir: str | os.PathLike, vocab_size: int
+    texts: Sequence[str], *, path: str | None, workdir: str | Path, vocab_size: int
 ) -> Tokenizer:
     """Return the tokenizer of a run: the named one, the workdir's, or a new one kept there.
 
@@ -116,7 +114,7 @@ def tokenizer_of_run(
     return load_tokenizer(kept if path is None else path, vocab_size=vocab_size)
 
 
-def load_tokenizer(path: str | os.PathLike, *, vocab_size: int) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, vocab_size: int) -> Tokenizer:
     """Read a `tokenizer.json` whose ids fit a model's vocabulary.
 
     Raises:
@@ -159,29 +157,6 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(parts[:: max(1, every)], trainer)
     return Tokenizer(tokenizer.to_str(), "the trained tokenizer")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, even if the process is killed.
-
-    Raises:
-      InputError: the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"workdir: cannot write {path}: {error.strerror}; choose a writable folder with space"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # there is nothing left to remove after success
-            temporary.unlink()
 
 
 def _parts(text: str) -> list[str]:

@@ -26,13 +26,13 @@ from dsv4_jax.data import (
     prepare_corpus,
 )
 from dsv4_jax.errors import InputError
+from dsv4_jax.files import write_atomically
 from dsv4_jax.infer import generate
 from dsv4_jax.log import RunLog, duration, say, timed
 from dsv4_jax.model import param_shapes
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
-from dsv4_jax.tokenizer import write_atomically
 from dsv4_jax.train_step import (
     TrainState,
     abstract_state,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import small_files_only
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_same_run
@@ -118,6 +119,53 @@ def test_a_checkpoint_cut_off_in_writing_does_not_count(saved, tmp_path):
     state, _ = checkpoints.restore(shapes_of(new_state(2)))
     checkpoints.close()
     assert_same(state, new_state(2))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
+@pytest.mark.parametrize("name", ["config/metadata", "data/metadata", "state/_METADATA", "state/"])
+def test_a_damaged_checkpoint_is_named_and_one_before_is_used(name, damage, saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    newest = workdir / "checkpoints" / "3"
+    path = newest / name
+    if path.is_dir():  # the file with the largest array
+        path = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"cannot read .* {newest}: .*; move") as caught:
+        opened(workdir).restore(shapes_of(new_state(3)))
+    assert "\n" not in str(caught.value)
+    newest.rename(workdir / "aside")
+    checkpoints = opened(workdir)
+    assert_same(checkpoints.restore(shapes_of(new_state(2)))[0], new_state(2))
+    checkpoints.close()
+
+
+# Orbax then drops TensorStore's answers to its other writes.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_told_by_the_next_save_and_leaves_the_last_checkpoint(tmp_path):
+    checkpoints, told = opened(tmp_path), r"cannot write a checkpoint to .*File too large.*; make"
+    checkpoints.save(1, new_state(1), PLACE)
+    checkpoints.close()
+    checkpoints = opened(tmp_path)
+    with small_files_only(100_000):
+        checkpoints.save(2, new_state(2), PLACE)
+        with pytest.raises(InputError, match=told) as caught:
+            checkpoints.save(3, new_state(3), PLACE)
+        assert "\n" not in str(caught.value)
+    checkpoints.close()
+    checkpoints = opened(tmp_path)
+    assert checkpoints.latest_step == 1
+    assert_same(checkpoints.restore(shapes_of(new_state(1)))[0], new_state(1))
+    with small_files_only(100_000):
+        checkpoints.save(2, new_state(2), PLACE)
+        with pytest.raises(InputError, match=told):
+            checkpoints.close()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*checkpoints: File exists; choose"):
+        opened(tmp_path)
 
 
 def test_another_run_is_refused_and_leaves_the_checkpoint(saved):

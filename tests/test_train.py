@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from faults import small_files_only
 from jax.experimental.compilation_cache import compilation_cache
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.log import RunLog, duration
+from dsv4_jax.log import RunLog
 from dsv4_jax.params import path_name, split_trainable
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
@@ -117,6 +118,24 @@ def straight(config, compiled_once, tmp_path_factory):
     return Run(config, tmp_path_factory.mktemp("straight"))
 
 
+def run_command(
+    sections: dict, workdir: Path, environment: dict[str, str], *, largest_file: int | None = None
+) -> subprocess.CompletedProcess:
+    """Run the training command, which may write files of at most so many bytes."""
+    path = workdir.with_suffix(".py")
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        f"    return ConfigDict({sections!r})\n"
+    )
+    command = [sys.executable, ROOT / "launch" / "train.py", f"--config={path}"]
+    limit = contextlib.nullcontext() if largest_file is None else small_files_only(largest_file)
+    with limit:  # a process inherits its parent's
+        return subprocess.run(
+            [*command, f"--workdir={workdir}"], capture_output=True, text=True, check=False,
+            env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        )
+
+
 @pytest.fixture(scope="module")
 def resumed(config, compiled_once, tmp_path_factory):
     """A run that broke after some steps and was started again by the command.
@@ -136,17 +155,7 @@ def resumed(config, compiled_once, tmp_path_factory):
         patch.setattr(RunLog, "metrics", break_off)
         Run(config, folder / "run")
     cut_off = metrics_of(folder / "run")
-    path = folder / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
-        f"    return ConfigDict({sections_of(config.data.source)!r})\n"
-    )
-    done = subprocess.run(
-        [sys.executable, ROOT / "launch" / "train.py", f"--config={path}",
-         f"--workdir={folder / 'run'}"],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, **compiled_once, "PYTHONPATH": str(ROOT)},
-    )
+    done = run_command(sections_of(config.data.source), folder / "run", compiled_once)
     compiled = Path(compiled_once["JAX_COMPILATION_CACHE_DIR"]).glob("jit_step-*")
     return cut_off, done, folder / "run", len(list(compiled))
 
@@ -224,6 +233,16 @@ def test_the_command_prints_nothing_but_its_own_lines(resumed):
     assert done.stdout.startswith("model: ")
 
 
+def test_a_full_disk_ends_the_command_in_one_line(straight, config, compiled_once, tmp_path):
+    """The first checkpoint, of step 4, fails; the step that saves again says so."""
+    sections = sections_of(config.data.source)
+    done = run_command(sections, tmp_path / "run", compiled_once, largest_file=100_000)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot write a checkpoint to " in done.stderr and "File too large" in done.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line][-1] == 8
+
+
 def test_going_on_compiles_nothing_new(straight, resumed):
     *_, programs = resumed
     assert programs == 1
@@ -294,23 +313,6 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, compile
     for name, leaf in whole.items():
         difference = np.linalg.norm(added[name] - leaf)
         assert difference <= TOLERANCE * max(np.linalg.norm(leaf), floor), name
-
-
-def test_the_log_keeps_whole_lines_up_to_the_step_it_goes_on_from(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2}\n{"step": 2, "x": 1}\n{"step": 3}\n{"st')
-    log = RunLog(tmp_path, 2)
-    log.metrics(3, {"loss": 1.5})
-    log.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 3.0}, {"step": 2}, {"step": 2, "x": 1}, {"step": 3, "loss": 1.5},
-    ]
-
-
-def test_durations_read_as_clocks():
-    assert [duration(s) for s in (0, 59.6, 61, 3599.4, 3661)] == [
-        "0:00", "1:00", "1:01", "59:59", "1:01:01",
-    ]
 
 
 def test_a_run_on_a_mesh_goes_on_on_another(source, compiled_once, tmp_path):

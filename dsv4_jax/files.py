@@ -1,0 +1,43 @@
+"""Write the files of a workdir: what fails is said in one line, and nothing whole is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsv4_jax.errors import InputError
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which writes to the path, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"workdir: cannot write {path}: {error.strerror or error}; choose a writable folder "
+            "with space"
+        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, even if the process is killed.
+
+    Raises:
+      InputError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with explain_failed_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # there is nothing left to remove after success
+            temporary.unlink()
