@@ -86,11 +86,11 @@ def _sinkhorn_backward(iterations, eps, matrix, grad):
 sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
 
 
-def mix_logits(streams: Streams, fn: Float[Array, "n d x"], eps: float) -> Float[Array, "x b t"]:
+def mix_logits(streams: Streams, fn: Float[Array, "d n x"], eps: float) -> Float[Array, "x b t"]:
     """Project a token's streams, jointly normalised to unit mean square."""
     streams = streams.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(streams * streams, axis=(2, 3)) + eps)
-    logits = jnp.einsum("btnd,ndx->btx", streams, fn, precision="highest") * scale[..., None]
+    logits = jnp.einsum("btnd,dnx->btx", streams, fn, precision="highest") * scale[..., None]
     return jnp.moveaxis(logits, -1, 0)
 
 
@@ -137,15 +137,15 @@ class StreamMix(nn.Module):
     def __call__(self, streams: Streams) -> tuple[Array, Array, Array]:
         """Return pre [n, b, t], post [n, b, t] and comb [n, m, b, t], float32."""
         c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
-        fn_pre = param(self, "fn_pre", "streams width -> mix", (n, d, n))
-        fn_post = param(self, "fn_post", "streams width -> mix", (n, d, n))
-        fn_comb = param(self, "fn_comb", "streams width -> mix mix_in", (n, d, n, n))
+        fn_pre = param(self, "fn_pre", "width streams -> mix", (d, n, n))
+        fn_post = param(self, "fn_post", "width streams -> mix", (d, n, n))
+        fn_comb = param(self, "fn_comb", "width streams -> mix mix_in", (d, n, n, n))
         base_pre = param(self, "base_pre", "mix", (n,), own_stream_init(self.own_stream % n))
         base_post = param(self, "base_post", "mix", (n,), own_stream_init(self.own_stream % n))
         base_comb = param(self, "base_comb", "mix mix_in", (n, n), diagonal_init)
         scale = param(self, "scale", "gate", (3,), constant(c.hc_gate_init))
 
-        fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(n, d, n * n)], axis=-1)
+        fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(d, n, n * n)], axis=-1)
         logits = mix_logits(streams, fn, c.rms_norm_eps)
         pre = jax.nn.sigmoid(logits[:n] * scale[0] + base_pre[:, None, None]) + c.hc_eps
         post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base_post[:, None, None])
@@ -162,7 +162,7 @@ class StreamHead(nn.Module):
     @nn.compact
     def __call__(self, streams: Streams) -> Hidden:
         c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
-        fn = param(self, "fn", "streams width -> mix", (n, d, n))
+        fn = param(self, "fn", "width streams -> mix", (d, n, n))
         base = param(self, "base", "mix", (n,), nn.initializers.zeros)
         scale = param(self, "scale", "gate", (1,), constant(c.hc_gate_init))
         logits = mix_logits(streams, fn, c.rms_norm_eps)

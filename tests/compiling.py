@@ -9,6 +9,6 @@ if jax.__version_info__ < (0, 11):
     _OPTIONS["xla_cpu_use_fusion_emitters"] = False  # jax 0.12 has the newer emitters alone
 
 
-def quick_jit(function):
+def quick_jit(function, **options):
     """Compile with few optimisations."""
-    return jax.jit(function, compiler_options=_OPTIONS)
+    return jax.jit(function, compiler_options=_OPTIONS, **options)

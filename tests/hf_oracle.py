@@ -211,7 +211,7 @@ def _outer_table(c: ModelConfig) -> Table:
     return {
         "model.embed_tokens.weight": {"embedding": _same},
         "model.norm.weight": {"final_norm": _same},
-        "model.hc_head.hc_fn": {"head_mix/fn": lambda w: w.reshape(n, n, d).transpose(1, 2, 0)},
+        "model.hc_head.hc_fn": {"head_mix/fn": lambda w: w.reshape(n, n, d).transpose(2, 1, 0)},
         "model.hc_head.hc_base": {"head_mix/base": _same},
         "model.hc_head.hc_scale": {"head_mix/scale": _same},
         "lm_head.weight": {"head": _linear()},
@@ -247,13 +247,13 @@ def _mix_table(c: ModelConfig) -> Table:
     n, d = c.hc_mult, c.hidden_size
 
     def rows(start: int, stop: int) -> Callable:
-        return lambda w: w[start:stop].reshape(stop - start, n, d).transpose(1, 2, 0)
+        return lambda w: w[start:stop].reshape(stop - start, n, d).transpose(2, 1, 0)
 
     return {
         "fn": {
             "fn_pre": rows(0, n),
             "fn_post": rows(n, 2 * n),
-            "fn_comb": lambda w: rows(2 * n, 2 * n + n * n)(w).reshape(n, d, n, n),
+            "fn_comb": lambda w: rows(2 * n, 2 * n + n * n)(w).reshape(d, n, n, n),
         },
         "base": {
             "base_pre": lambda b: b[:n],

@@ -153,7 +153,7 @@ def fresh_gates(own_stream: int, streams) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def numpy_gates(params: dict, streams: np.ndarray) -> tuple[np.ndarray, ...]:
     """The gates of one token [n, d] in float64, as fact sheet 2.2 writes them."""
-    flat = streams.reshape(-1).astype(np.float64)
+    flat = streams.T.reshape(-1).astype(np.float64)
     flat = flat / np.sqrt(np.mean(flat * flat) + CONFIG.rms_norm_eps)
     project = {
         name: np.tensordot(flat, np.asarray(fn, np.float64).reshape(flat.size, *fn.shape[2:]), 1)

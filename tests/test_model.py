@@ -308,7 +308,7 @@ def test_prediction_joins_streams_and_next_embedding(monkeypatch):
         from_token = norm(embedded[place], p["token_norm"]) @ p["w_token"]
         from_streams = [norm(x, p["stream_norm"]) @ p["w_stream"] for x in streams[place]]
         joined = np.stack([x + from_token for x in from_streams])
-        logits = np.einsum("nd,ndx->x", norm(joined, 1), p["head_mix"]["fn"])
+        logits = np.einsum("nd,dnx->x", norm(joined, 1), p["head_mix"]["fn"])
         logits = logits * p["head_mix"]["scale"] + p["head_mix"]["base"]
         read = (1 / (1 + np.exp(-logits)) + FULL.hc_eps) @ joined
         assert_close(actual[place], norm(read, p["final_norm"]))
