@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.attention.layout import number_documents
 from dsv4_jax.chunks import map_chunks
 from dsv4_jax.shapes import Array, Float, Hidden, Int, Tokens
 
@@ -17,6 +18,7 @@ def shifted_targets(
     if segment_ids is None:
         inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - shift
         return targets, jnp.broadcast_to(inside, tokens.shape).astype(jnp.float32)
+    segment_ids = number_documents(segment_ids)
     later = jnp.pad(segment_ids, ((0, 0), (0, shift)))[:, shift:]
     return targets, ((later == segment_ids) & (segment_ids > 0)).astype(jnp.float32)
 

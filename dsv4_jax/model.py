@@ -11,9 +11,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dsv4_jax.attention import Places
-from dsv4_jax.attention.layout import block_starts, document_offsets, entry_layout
+from dsv4_jax.attention.layout import (
+    block_starts,
+    document_offsets,
+    entry_layout,
+    number_documents,
+)
 from dsv4_jax.block import Batch, block_class
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
+from dsv4_jax.errors import InputError
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.mtp import MultiTokenPrediction, next_in_document
@@ -87,7 +93,7 @@ class Transformer(nn.Module):
       positions: of each token in its document, for the rotary embedding; None counts them.
 
     Raises:
-      InputError: a token id outside the vocabulary.
+      InputError: a token id outside the vocabulary; segment ids or positions of another shape.
 
     Source: report 2; fact sheet 2.1.
     """
@@ -111,10 +117,18 @@ class Transformer(nn.Module):
         c, dtype = self.config, self.runtime.compute_dtype
         if not isinstance(tokens, jax.core.Tracer):
             check_token_ids(tokens, c.vocab_size)
+        for name, given in (("segment_ids", segment_ids), ("positions", positions)):
+            if given is not None and given.shape != tokens.shape:
+                raise InputError(
+                    f"{name}: expected the shape of tokens, {tokens.shape}, got {given.shape}; "
+                    "give one integer per token"
+                )
         table = param(self, "embedding", "vocab -> width", (c.vocab_size, c.hidden_size))
         head = param(self, "head", "width -> vocab", (c.hidden_size, c.vocab_size)).astype(dtype)
         final_norm = param(self, "final_norm", "width", (c.hidden_size,), nn.initializers.ones)
 
+        if segment_ids is not None:
+            segment_ids = number_documents(segment_ids)
         batch = _describe(c, tokens, segment_ids, positions)
         x = self._constrain(table[tokens].astype(dtype))
         streams = jnp.broadcast_to(x[:, :, None], (*tokens.shape, c.hc_mult, c.hidden_size))

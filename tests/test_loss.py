@@ -40,6 +40,7 @@ def forms_of(segment_ids: np.ndarray) -> list:
 
 
 CASES = [(PACKED, shift) for shift in (1, 2)]
+CASES += [(np.array([[1, 2, 1, 1, 2, 1, 3, 3]]), 2)]  # ids that come again
 CASES += [(np.ones((2, length), int), shift) for length in (1, 2, 3, 9) for shift in (1, 2)]
 
 

@@ -78,8 +78,6 @@ def attend_hybrid(
       extra: arrays [b, t, ...] that `choose` needs, passed to it block by block.
     """
     t, slots = q.shape[1], entries.shape[1]
-    if slots == 0:
-        return attend_window(q, keys, sink, window=window, segment_ids=segment_ids)
     block = min(window, t)
     blocks = _to_blocks(q, keys, block, segment_ids, layout, extra)
     outs = []
@@ -87,11 +85,7 @@ def attend_hybrid(
         stretch = jax.tree.map(lambda x, a=begin, z=end: x[:, a:z], blocks)
         # Entries are numbered by their last token: none beyond this is complete, in any document.
         complete = end * block // ratio
-        outs.append(
-            _attend_stretch(stretch, entries[:, :complete], sink, window, choose)
-            if complete
-            else _attend_stretch(stretch, None, sink, window, None)
-        )
+        outs.append(_attend_stretch(stretch, entries[:, :complete], sink, window, choose))
     return _from_blocks(jnp.concatenate(outs, axis=1), t)
 
 
@@ -125,7 +119,7 @@ def attend(
     ]
     top = sink
     for z in logits:
-        top = jnp.maximum(top, jnp.max(z, axis=-1))
+        top = jnp.maximum(top, jnp.max(z, axis=-1, initial=-jnp.inf))  # there may be no entries
     top = jax.lax.stop_gradient(top)
     weights = [jnp.exp(z - top[..., None]) for z in logits]
     total = sum((jnp.sum(p, axis=-1) for p in weights), jnp.exp(sink - top))

@@ -25,12 +25,23 @@ class EntryLayout(NamedTuple):
     end: Int[Array, "b t"]  # one past the last entry a query sees
 
 
+def number_documents(segment_ids: Tokens) -> Tokens:
+    """Number the documents of each row: an id that comes again later is then another document's.
+
+    Documents are contiguous runs of one id; 0, padding, stays 0.
+    """
+    return jnp.where(segment_ids > 0, jnp.cumsum(_starts(segment_ids), axis=1), 0)
+
+
 def document_offsets(segment_ids: Tokens) -> Tokens:
     """Return each token's index within its document; documents are contiguous runs of one id."""
     index = jnp.arange(segment_ids.shape[1])
+    return index - jax.lax.cummax(jnp.where(_starts(segment_ids), index, 0), axis=1)
+
+
+def _starts(segment_ids: Tokens) -> Bool[Array, "b t"]:
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
 
 
 def entry_layout(
