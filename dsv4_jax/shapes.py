@@ -17,8 +17,11 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float, Int
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
+Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays wherever it takes its own
 Tokens = Int[Array, "b t"]
 Hidden = Float[Array, "b t d"]
 Streams = Float[Array, "b t n d"]

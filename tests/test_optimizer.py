@@ -174,8 +174,10 @@ def test_muon_equals_numpy_over_several_steps():
 )
 def test_in_and_out_axes_are_merged_to_matrices(signature, shape, matrix):
     gradient = normal(8, *shape)
-    transform = optimizer.scale_by_muon(kinds(signature), momentum=MU, rms=RMS, dtype="float32")
-    update, _ = jax.jit(transform.update)(gradient, transform.init(gradient))
+    axis_kinds = {"w": kinds(signature)}
+    transform = optimizer.scale_by_muon(axis_kinds, momentum=MU, rms=RMS, dtype="float32")
+    state = transform.init({"w": gradient})
+    update = jax.jit(transform.update)({"w": gradient}, state)[0]["w"]
     scale = RMS * np.sqrt(max(matrix[-2:]))
     expected = scale * orthogonalize(gradient.reshape(matrix)).reshape(shape)
     assert close(update, expected, ROUNDING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -50,7 +51,8 @@ def test_the_model_refuses_ids_that_it_has_no_row_for(token, model_and_params):
 
 
 @pytest.mark.parametrize("name", ["segment_ids", "positions"])
-def test_the_model_refuses_what_is_not_one_integer_per_token(name, model_and_params):
+def test_the_model_refuses_what_is_not_one_integer_per_token(name, model_and_params, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     model, params = model_and_params
     tokens, other = np.zeros((2, 3), np.int32), np.ones((3,), np.int32)
     with pytest.raises(InputError, match=rf"{name}: expected .* \(2, 3\), got \(3,\); give one"):
