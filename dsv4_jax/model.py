@@ -167,6 +167,7 @@ class Transformer(nn.Module):
         return streams, router
 
     def _logits(self, hidden: Hidden, head) -> Logits:
+        """Sum in float32; factors are of the compute dtype, as those of the released head are."""
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
         return constrain(logits, "batch token vocab", self.runtime.mesh)
 
