@@ -30,8 +30,9 @@ class RunLog:
 
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / METRICS_FILE
-        kept = [line for line, of_step in _whole_lines(self._path) if of_step <= step]
-        write_atomically(self._path, b"".join(kept))
+        with explain_failed_write(self._path):
+            kept = [line for line, of_step in _whole_lines(self._path) if of_step <= step]
+            write_atomically(self._path, b"".join(kept))
         self._board = _Board(workdir / "tensorboard", step + 1)
         with explain_failed_write(self._path):
             self._file = self._path.open("a")

@@ -72,6 +72,12 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         RunLog(tmp_path, 0)
 
 
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
+    (tmp_path / METRICS_FILE).mkdir()
+    with pytest.raises(InputError, match=r"write .*metrics\.jsonl: Is a directory; choose"):
+        RunLog(tmp_path, 0)
+
+
 def test_durations_read_as_clocks():
     assert [duration(s) for s in (0, 59.6, 61, 3599.4, 3661)] == [
         "0:00", "1:00", "1:01", "59:59", "1:01:01",
