@@ -73,8 +73,8 @@ class Compressor(nn.Module):
         )
         norm = param(self, "norm", "entry", (self.width,), nn.initializers.ones)
 
-        # The reference multiplies in float32. With x in bfloat16 and the released weights, which are
-        # bfloat16 too, so does this: factors are exact, and products are summed in float32.
+        # The reference multiplies in float32. So does this where x and the weights, as released,
+        # are bfloat16: such factors are exact, and their products are summed in float32.
         form = "btd,udk->btuk" if self.overlapping else "btd,dk->btk"
         values, gates = (
             jnp.einsum(form, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
