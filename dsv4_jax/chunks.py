@@ -29,18 +29,36 @@ def map_chunks(fn: Callable, tree, elements: int):
     """
     fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     length = jax.tree.leaves(tree)[0].shape[1]
+    pieces = split(tree, elements)
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+        return fn(tree)
+    return join(jax.lax.map(fn, pieces), length)
+
+
+def split(tree, elements: int):
+    """Cut the second axis of a tree of arrays into equal pieces: [b, t, ...] to [z, b, size, ...].
+
+    The last piece is filled up with zeros.
+
+    Args:
+      elements: size of the largest intermediate per unit of the second axis.
+    """
+    length = jax.tree.leaves(tree)[0].shape[1]
     count = math.ceil(length * elements / CHUNK_ELEMENTS[jax.default_backend()])
     size = math.ceil(length / min(max(count, 1), length))
     count = math.ceil(length / size)
-    if count == 1:
-        return fn(tree)
 
-    def split(x):
+    def pieces(x):
         x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
-    out = jnp.moveaxis(jax.lax.map(fn, jax.tree.map(split, tree)), 0, 1)
-    return out.reshape(out.shape[0], count * size, *out.shape[3:])[:, :length]
+    return jax.tree.map(pieces, tree)
+
+
+def join(pieces: Array, length: int) -> Array:
+    """Undo `split` of an axis of this length."""
+    out = jnp.moveaxis(pieces, 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
 def keep(x: Array) -> Array:

@@ -14,6 +14,7 @@ from dsv4_jax.mtp import next_in_document
 VOCAB, WIDTH = 11, 9
 ROUNDING = 1e-6  # float32 sums of a few dozen terms, relative
 GRADIENT = 1e-5  # the same; gradients are of order 1
+BFLOAT16 = 2**-7  # two roundings to 8 bits, relative to the largest
 PACKED = np.array([
     [3, 3, 3, 5, 5, 5, 5, 0, 0],  # documents, then padding
     [0, 2, 1, 1, 7, 7, 0, 4, 4],  # padding in front and between, documents of one token
@@ -90,19 +91,37 @@ def test_token_nats(chunk_elements, monkeypatch):
     monkeypatch.setattr(
         chunks, "CHUNK_ELEMENTS", dict.fromkeys(chunks.CHUNK_ELEMENTS, chunk_elements)
     )
-    run = jax.jit(jax.value_and_grad(token_nats, argnums=(0, 1)))
+    run = jax.jit(jax.value_and_grad(token_nats, argnums=(0, 1, 3)))
     nats, gradients = run(hidden, head, targets, weights)
-    expected = sum(
-        weights[place] * negative_log_probability(hidden[place], head, targets[place])
+    each = np.array([
+        negative_log_probability(hidden[place], head, targets[place])
         for place in np.ndindex(2, 7)
-    )
-    assert nats == pytest.approx(expected, rel=ROUNDING)
+    ]).reshape(2, 7)
+    assert nats == pytest.approx(np.sum(weights * each), rel=ROUNDING)
+    alone = jax.jit(token_nats)(hidden, head, targets, weights)
+    assert alone == pytest.approx(float(nats), rel=ROUNDING)
     error = jax.nn.softmax(hidden @ head) - jax.nn.one_hot(targets, VOCAB)
     error = error * weights[..., None]
     np.testing.assert_allclose(gradients[0], error @ head.T, atol=GRADIENT)
     np.testing.assert_allclose(
         gradients[1], np.einsum("btd,btv->dv", hidden, error), atol=GRADIENT
     )
+    np.testing.assert_allclose(gradients[2], each, atol=GRADIENT)
+
+
+def test_token_nats_of_bfloat16_are_those_of_rounded_factors():
+    """Sums are float32; the gradients, made with a rounded error, are rounded themselves."""
+    hidden, head = random_operands((2, 7))
+    targets, weights = random_tokens(2, 7), jnp.ones((2, 7))
+    run = jax.jit(jax.value_and_grad(lambda h, w: 3 * token_nats(h, w, targets, weights), (0, 1)))
+    nats, gradients = run(hidden.astype(jnp.bfloat16), head)
+    rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head))
+    expected, exact = run(*rounded)
+    assert nats == pytest.approx(float(expected), rel=ROUNDING)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+    for found, wanted in zip(gradients, exact, strict=True):
+        error = np.abs(found.astype(jnp.float32) - wanted).max()
+        assert error <= BFLOAT16 * np.abs(wanted).max()
 
 
 def test_token_nats_of_large_logits_stay_finite():
