@@ -19,8 +19,8 @@ def get_config() -> ConfigDict:
             "source": "stdlib",
             "text_field": "text",
             "tokenizer": placeholder(str),  # None: trained on the source
-            "seq_len": 512,
-            "batch_size": 8,
+            "seq_len": 256,
+            "batch_size": 16,
             "seed": 0,
             "held_out_fraction": 0.03,
             "held_out_bytes": 262_144,
