@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 
 import jax
@@ -16,6 +17,10 @@ from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_same_run
 from dsv4_jax.errors import InputError
 from dsv4_jax.sharding import make_mesh
 
+# When one file cannot be read or written, Orbax drops TensorStore's answers about the others, which
+# are told to nobody, sooner or later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = {
     "model": {"vocab_size": 300, "layer_types": ["window", "csa"]},
     "runtime": {"dtype": "float32"},
@@ -28,6 +33,13 @@ CONFIG = {
     "mesh": {"data": 1},
 }
 PLACE = {"identity": {"seed": 0}, "batches": {"next": [3, None, -1]}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_late_answers():
+    """Collect them here, so that no other module's tests find them."""
+    yield
+    gc.collect()
 
 
 def new_state(step: int) -> dict:
@@ -140,8 +152,6 @@ def test_a_damaged_checkpoint_is_named_and_one_before_is_used(name, damage, save
     checkpoints.close()
 
 
-# Orbax then drops TensorStore's answers to its other writes.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_told_by_the_next_save_and_leaves_the_last_checkpoint(tmp_path):
     checkpoints, told = opened(tmp_path), r"cannot write a checkpoint to .*File too large.*; make"
     checkpoints.save(1, new_state(1), PLACE)
