@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.files import explain_failed_write
+from dsv4_jax.files import check_writable
 
 # What a run may not change when it continues: these shape the state or the order of the data.
 FIXED_KEYS = ("model", "data.source", "data.text_field", "data.tokenizer", "data.seq_len",
@@ -26,19 +27,19 @@ class Checkpoints:
       config: of the run, as JSON types; it is saved with every checkpoint.
     Raises:
       InputError: the newest checkpoint is of a run that differs in `FIXED_KEYS`, or is damaged;
-        the folder cannot be written.
+        the folder cannot be read or written.
     """
 
     def __init__(self, workdir: Path, *, keep: int, config: dict):
         folder = workdir.absolute() / "checkpoints"
-        with explain_failed_write(folder):
-            folder.mkdir(exist_ok=True)
+        check_writable(folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(folder, options=options)
-        self._config = config
-        self.latest_step: int | None = self._manager.latest_step()  # of a complete checkpoint
+        self._config, self._writing = config, False
+        with _explained(f"cannot open {folder}", "mend the folder or choose another --workdir"):
+            self._manager = ocp.CheckpointManager(folder, options=options)
+            self.latest_step: int | None = self._manager.latest_step()  # of a complete checkpoint
         if self.latest_step is not None:
             saved = self._restore(self.latest_step, config=ocp.args.JsonRestore())["config"]
             check_same_run(saved, config, str(folder / str(self.latest_step)))
@@ -62,8 +63,21 @@ class Checkpoints:
             data=ocp.args.JsonSave(place),
             config=ocp.args.JsonSave(self._config),
         )
+        jax.block_until_ready(state)  # an error of the computation is none of the disk
         with self._explain_failed_save():
             self._manager.save(step, args=items)
+        self._writing = True
+
+    def check(self) -> None:
+        """Tell, without waiting for it, that the last write has failed.
+
+        Raises:
+          InputError: it has.
+        """
+        if self._writing and not self._manager.is_saving_in_progress():
+            self._writing = False
+            with self._explain_failed_save():
+                self._manager.wait_until_finished()
 
     def restore(self, like: Any) -> tuple[Any, dict]:
         """Return the state and the place in the data of the latest step.
@@ -84,9 +98,11 @@ class Checkpoints:
         Raises:
           InputError: that write failed.
         """
-        with self._explain_failed_save():
-            self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            with self._explain_failed_save():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
     def _explain_failed_save(self) -> contextlib.AbstractContextManager[None]:
         return _explained(
@@ -97,21 +113,25 @@ class Checkpoints:
 
     def _restore(self, step: int, **items) -> dict[str, Any]:
         where = self._manager.directory / str(step)
-        remedy = "move that folder away to go on from the checkpoint before, if there is one"
+        remedy = (
+            "move that folder away to go on from the checkpoint before, if there is one; if the "
+            "code has changed since, choose another --workdir"
+        )
         with _explained(f"cannot read the checkpoint {where}", remedy):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
 @contextlib.contextmanager
 def _explained(failure: str, remedy: str) -> Iterator[None]:
-    """Turn what Orbax raises in the block into an InputError.
+    """Turn what Orbax and TensorStore raise of disks and damaged files into an InputError.
 
-    Whatever it is: of a disk that is full or a file that is damaged, Orbax and TensorStore tell by
-    OSError, ValueError, JSONDecodeError and Exception itself.
+    They raise OSError, ValueError, JSONDecodeError (a ValueError) and Exception itself.
     """
     try:
         yield
     except Exception as error:
+        if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
+            raise
         reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")
         raise InputError(f"{failure}: {reason}; {remedy}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import re
 import runpy
 import sys
@@ -11,8 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from dsv4_jax.errors import InputError
@@ -161,18 +160,20 @@ def _line_of(error: Exception, path: str) -> int | None:
 
 
 def _quieten_libraries() -> None:
-    """Let libraries log warnings only, and nothing of the errors that they raise as well.
+    """Let libraries log warnings only, and no tracebacks: these are of errors that they raise too.
 
     When a checkpoint cannot be written, Orbax logs a traceback in each of its threads, asyncio one
-    for each array, and TensorStore's answers find no event loop any more.
+    for each array, and TensorStore's answers find no event loop any more. When a compiled program
+    cannot be kept, or not be read again, JAX warns and compiles.
     """
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     show = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             show(unraisable)
 
     sys.unraisablehook = hook
@@ -181,4 +182,8 @@ def _quieten_libraries() -> None:
 def _refuse(message: object) -> None:
     line = re.sub(r"\s*\n\s*", " ", str(message)).strip()
     print(f"{sys.argv[0]}: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and print that it failed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(BAD_INPUT)

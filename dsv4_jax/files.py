@@ -7,9 +7,11 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from dsv4_jax.errors import InputError
 
+Closable = TypeVar("Closable")
 
 @contextlib.contextmanager
 def explain_failed_write(path: Path) -> Iterator[None]:
@@ -21,6 +23,32 @@ def explain_failed_write(path: Path) -> Iterator[None]:
             f"workdir: cannot write {path}: {error.strerror or error}; choose a writable folder "
             "with space"
         ) from error
+
+
+@contextlib.contextmanager
+def closing(thing: Closable) -> Iterator[Closable]:
+    """Close a thing at the end of the block.
+
+    What cannot be written in closing is an error, but hides none that ended the block.
+    """
+    try:
+        yield thing
+    except BaseException:
+        with contextlib.suppress(InputError):
+            thing.close()
+        raise
+    thing.close()
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if need be and try that it can be written to, before work is lost for it.
+
+    Raises:
+      InputError: it cannot.
+    """
+    probe = folder / ".writable"
+    write_atomically(probe, b"")
+    probe.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -45,13 +45,15 @@ class RunLog:
         self._board.scalars(step, values)
 
     def close(self) -> None:
-        with explain_failed_write(self._path):
-            self._file.close()
-        self._board.close()
+        try:
+            with explain_failed_write(self._path):
+                self._file.close()
+        finally:
+            self._board.close()
 
 
 class _Board:
-    """TensorBoard's event file, written at once.
+    """TensorBoard's event file, written through to the disk at each call.
 
     tensorboardX's own SummaryWriter writes from a thread: a disk that is full kills it, and the
     run then waits for ever for its queue to empty.
@@ -88,20 +90,21 @@ class _Board:
 
 def say(text: str) -> None:
     """Print a line at once, also into a pipe."""
-    print(text, flush=True)
+    _print(text, end="\n")
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Say what is being done, and then how long it took."""
-    print(f"{what} ...", end="", flush=True)
+    _print(f"{what} ...", end="")
     start = time.perf_counter()
-    outcome = "failed"
     try:
         yield
-        outcome = f"{time.perf_counter() - start:.1f} s"
-    finally:
-        say(f" {outcome}")
+    except BaseException:
+        with suppress(InputError):
+            say(" failed")
+        raise
+    say(f" {time.perf_counter() - start:.1f} s")
 
 
 def duration(seconds: float) -> str:
@@ -111,19 +114,29 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def _print(text: str, *, end: str) -> None:
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        raise InputError(
+            f"standard output: cannot write: {error.strerror}; make room, or keep the reader of "
+            "the pipe open"
+        ) from error
+
+
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield a file's lines and their steps, without a last line that was cut off in writing."""
     if not path.exists():
         return
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        if line.endswith(b"\n"):
-            yield line, _step_of(line, f"{path}:{number}")
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        yield line + b"\n", _step_of(line, f"{path}:{number}")
 
 
 def _step_of(line: bytes, where: str) -> int:
     try:
         record = json.loads(line)
-    except ValueError:  # no JSON or no UTF-8
+    except (ValueError, RecursionError):  # no JSON or no UTF-8
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise InputError(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import time
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from dsv4_jax.data import (
     prepare_corpus,
 )
 from dsv4_jax.errors import InputError
-from dsv4_jax.files import write_atomically
+from dsv4_jax.files import check_writable, closing, write_atomically
 from dsv4_jax.infer import generate
 from dsv4_jax.log import RunLog, duration, say, timed
 from dsv4_jax.model import param_shapes
@@ -73,7 +72,8 @@ def train(config: RunConfig, workdir: str | Path) -> TrainState:
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used.
     """
-    workdir, mesh = _make_workdir(Path(workdir)), _mesh_of(config)
+    workdir, mesh = Path(workdir), _mesh_of(config)
+    check_writable(workdir)
     _announce_model(config, mesh)
     keep = config.train.keep_checkpoints
     # Opened first: a run that may not go on here is refused before it writes anything else.
@@ -146,6 +146,7 @@ def _take_steps(
         if due(plan.checkpoint_every):
             # After the log: what a checkpoint covers is neither lost nor logged twice.
             checkpoints.save(step, state, place)
+        checkpoints.check()
     return state
 
 
@@ -258,11 +259,3 @@ def _announce_model(config: RunConfig, mesh: Mesh | None) -> None:
         f"for multi-token prediction; on {used} of {len(jax.devices())} "
         f"{jax.default_backend()} devices"
     )
-
-
-def _make_workdir(workdir: Path) -> Path:
-    """Make the folder and try that it can be written to, before any work is lost for it."""
-    probe = workdir / ".writable"
-    write_atomically(probe, b"")
-    probe.unlink()
-    return workdir

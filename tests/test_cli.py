@@ -38,6 +38,25 @@ def get_config(steps="4"):
 """
 
 
+LOGGING = """
+from absl import logging
+
+from dsv4_jax import cli
+
+
+def main():
+    logging.info("a detail")
+    logging.warning("a warning")
+    try:
+        raise ValueError("raised elsewhere, too")
+    except ValueError:
+        logging.exception("an error")
+
+
+cli.run(main)
+"""
+
+
 @pytest.fixture(scope="module")
 def launcher():
     """The launcher's own names, its flags defined; what it does to the process is undone."""
@@ -215,3 +234,23 @@ def test_the_real_command_exits_with_status_2_and_one_line(tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "did you mean --config.optimizer.learning_rate?" in done.stderr
+
+
+def test_libraries_log_warnings_but_no_tracebacks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LOGGING)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1 and "a warning" in done.stderr
+
+
+def test_standard_output_that_is_full_is_told_in_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "launch" / "train.py", f"--workdir={tmp_path / 'run'}",
+             f"--config={ROOT / 'configs' / 'tiny.py'}"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "standard output: cannot write: No space left on device; make room" in done.stderr

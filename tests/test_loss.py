@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import chunks
+from dsv4_jax import chunks, loss
 from dsv4_jax.loss import next_token_loss, shifted_targets, token_nats
 from dsv4_jax.mtp import next_in_document
 
 VOCAB, WIDTH = 11, 9
 ROUNDING = 1e-6  # float32 sums of a few dozen terms, relative
 GRADIENT = 1e-5  # the same; gradients are of order 1
-BFLOAT16 = 2**-7  # two roundings to 8 bits, relative to the largest
+BFLOAT16 = 2**-7  # up to three roundings to 8 bits, relative to the largest
 PACKED = np.array([
     [3, 3, 3, 5, 5, 5, 5, 0, 0],  # documents, then padding
     [0, 2, 1, 1, 7, 7, 0, 4, 4],  # padding in front and between, documents of one token
@@ -82,8 +82,8 @@ def negative_log_probability(hidden, head, target: int) -> float:
     return np.log(np.sum(np.exp(logits - logits.max()))) + logits.max() - logits[target]
 
 
-@pytest.mark.parametrize("chunk_elements", [2**18, 2 * 3 * VOCAB, 1])
-def test_token_nats(chunk_elements, monkeypatch):
+@pytest.mark.parametrize("chunk_elements, pieces", [(2**18, (1, 7)), (18, (3, 3)), (1, (7, 1))])
+def test_token_nats(chunk_elements, pieces, monkeypatch):
     """Cut into pieces or not, value and gradients are those of a loop and of one piece."""
     hidden, head = random_operands((2, 7))
     targets = random_tokens(2, 7)
@@ -91,6 +91,8 @@ def test_token_nats(chunk_elements, monkeypatch):
     monkeypatch.setattr(
         chunks, "CHUNK_ELEMENTS", dict.fromkeys(chunks.CHUNK_ELEMENTS, chunk_elements)
     )
+    count, size = pieces
+    assert loss.split(targets, loss._elements(hidden, head)).shape == (count, 2, size)
     run = jax.jit(jax.value_and_grad(token_nats, argnums=(0, 1, 3)))
     nats, gradients = run(hidden, head, targets, weights)
     each = np.array([
@@ -139,14 +141,14 @@ def test_next_token_loss(segment_ids):
         for row, place, target in loop_over_targets(tokens, segment_ids, 1)
     ]
     for form in forms_of(segment_ids):
-        loss = jax.jit(next_token_loss)(hidden, head, tokens, form)
-        assert loss == pytest.approx(np.mean(losses), rel=ROUNDING)
+        mean = jax.jit(next_token_loss)(hidden, head, tokens, form)
+        assert mean == pytest.approx(np.mean(losses), rel=ROUNDING)
 
 
 def test_loss_of_even_logits_is_the_log_of_the_vocabulary():
     hidden, head = random_operands((2, 5), scale=0.0)
-    loss = next_token_loss(hidden, head, random_tokens(2, 5))
-    assert loss == pytest.approx(np.log(VOCAB), rel=ROUNDING)
+    mean = next_token_loss(hidden, head, random_tokens(2, 5))
+    assert mean == pytest.approx(np.log(VOCAB), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("segment_ids", [None, [[0, 0, 0, 0]], [[1, 2, 3, 0]]])
@@ -155,8 +157,8 @@ def test_loss_without_successors_is_zero(segment_ids):
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     hidden, head = random_operands((1, length))
     tokens = random_tokens(1, length)
-    loss, gradient = jax.jit(jax.value_and_grad(next_token_loss))(hidden, head, tokens, segment_ids)
-    assert loss == 0
+    mean, gradient = jax.jit(jax.value_and_grad(next_token_loss))(hidden, head, tokens, segment_ids)
+    assert mean == 0
     np.testing.assert_array_equal(gradient, 0)
 
 

@@ -176,17 +176,3 @@ def test_a_vocabulary_must_hold_all_bytes():
 def test_half_surrogate_pairs_are_refused():
     with pytest.raises(ValueError, match=r"text: expected .* got '\\ud800' at character 2"):
         TOKENIZER.encode("ab\ud800")
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")
-    with pytest.raises(ValueError, match="workdir: cannot write .*choose a writable folder"):
-        write_atomically(path / "below a file", b"new")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="workdir: cannot write"):
-        write_atomically(tmp_path / "folder", b"new")
-    assert path.read_bytes() == b"old"
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, CHECKPOINT_EVERY, CUT_OFF = 12, 4, 7
 # The same sum in two halves rounds differently: a few float32 units in the last place.
 TOLERANCE = 1e-5
-# As in test_sharding: gradients this small beside the largest cancel to rounding errors.
+# Gradients this small beside the largest are sums that cancel, at worst to rounding errors.
 CANCELLED = 1e-4
 LOSS_FALL = 1.0  # nats, of 5.7: twelve steps learn at least which bytes occur
 
@@ -234,13 +234,14 @@ def test_the_command_prints_nothing_but_its_own_lines(resumed):
 
 
 def test_a_full_disk_ends_the_command_in_one_line(straight, config, compiled_once, tmp_path):
-    """The first checkpoint, of step 4, fails; the step that saves again says so."""
+    """The first checkpoint, of step 4, fails; one of the next steps says so."""
     sections = sections_of(config.data.source)
     done = run_command(sections, tmp_path / "run", compiled_once, largest_file=100_000)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "cannot write a checkpoint to " in done.stderr and "File too large" in done.stderr
-    assert [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line][-1] == 8
+    steps = [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line]
+    assert CHECKPOINT_EVERY <= steps[-1] <= 2 * CHECKPOINT_EVERY
 
 
 def test_going_on_compiles_nothing_new(straight, resumed):
