@@ -29,10 +29,9 @@ def map_chunks(fn: Callable, tree, elements: int):
     """
     fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     length = jax.tree.leaves(tree)[0].shape[1]
-    pieces = split(tree, elements)
-    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+    if _piece_size(length, elements) == length:
         return fn(tree)
-    return join(jax.lax.map(fn, pieces), length)
+    return join(jax.lax.map(fn, split(tree, elements)), length)
 
 
 def split(tree, elements: int):
@@ -44,8 +43,7 @@ def split(tree, elements: int):
       elements: size of the largest intermediate per unit of the second axis.
     """
     length = jax.tree.leaves(tree)[0].shape[1]
-    count = math.ceil(length * elements / CHUNK_ELEMENTS[jax.default_backend()])
-    size = math.ceil(length / min(max(count, 1), length))
+    size = _piece_size(length, elements)
     count = math.ceil(length / size)
 
     def pieces(x):
@@ -53,6 +51,11 @@ def split(tree, elements: int):
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(pieces, tree)
+
+
+def _piece_size(length: int, elements: int) -> int:
+    count = math.ceil(length * elements / CHUNK_ELEMENTS[jax.default_backend()])
+    return math.ceil(length / min(max(count, 1), length))
 
 
 def join(pieces: Array, length: int) -> Array:

@@ -13,6 +13,7 @@ from dsv4_jax.errors import InputError
 
 Closable = TypeVar("Closable")
 
+
 @contextlib.contextmanager
 def explain_failed_write(path: Path) -> Iterator[None]:
     """Turn an OSError of the block, which writes to the path, into an InputError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.attention.layout import number_documents
+from dsv4_jax.attention.layout import tokens_ahead
 from dsv4_jax.chunks import join, map_chunks, split
 from dsv4_jax.shapes import Array, Float, Hidden, Int, Logits, Tokens
 
@@ -14,13 +14,8 @@ def shifted_targets(
     tokens: Tokens, segment_ids: Tokens | None, shift: int
 ) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
     """Return the token `shift` places on and a weight: 1 where it is of the same document."""
-    targets = jnp.pad(tokens, ((0, 0), (0, shift)))[:, shift:]
-    if segment_ids is None:
-        inside = jnp.arange(tokens.shape[1]) < tokens.shape[1] - shift
-        return targets, jnp.broadcast_to(inside, tokens.shape).astype(jnp.float32)
-    segment_ids = number_documents(segment_ids)
-    later = jnp.pad(segment_ids, ((0, 0), (0, shift)))[:, shift:]
-    return targets, ((later == segment_ids) & (segment_ids > 0)).astype(jnp.float32)
+    targets, exists = tokens_ahead(tokens, segment_ids, shift)
+    return targets, exists.astype(jnp.float32)
 
 
 @jax.custom_vjp

@@ -16,13 +16,14 @@ from dsv4_jax.attention.layout import (
     document_offsets,
     entry_layout,
     number_documents,
+    tokens_ahead,
 )
 from dsv4_jax.block import Batch, block_class
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.errors import InputError
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
-from dsv4_jax.mtp import MultiTokenPrediction, next_in_document
+from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.router import RouterStats
@@ -115,20 +116,11 @@ class Transformer(nn.Module):
         mtp: bool = True,
     ) -> Features:
         c, dtype = self.config, self.runtime.compute_dtype
-        if not isinstance(tokens, jax.core.Tracer):
-            check_token_ids(tokens, c.vocab_size)
-        for name, given in (("segment_ids", segment_ids), ("positions", positions)):
-            if given is not None and given.shape != tokens.shape:
-                raise InputError(
-                    f"{name}: expected the shape of tokens, {tokens.shape}, got {given.shape}; "
-                    "give one integer per token"
-                )
+        _check_inputs(c, tokens, segment_ids, positions)
         table = param(self, "embedding", "vocab -> width", (c.vocab_size, c.hidden_size))
         head = param(self, "head", "width -> vocab", (c.hidden_size, c.vocab_size)).astype(dtype)
         final_norm = param(self, "final_norm", "width", (c.hidden_size,), nn.initializers.ones)
 
-        if segment_ids is not None:
-            segment_ids = number_documents(segment_ids)
         batch = _describe(c, tokens, segment_ids, positions)
         x = self._constrain(table[tokens].astype(dtype))
         streams = jnp.broadcast_to(x[:, :, None], (*tokens.shape, c.hc_mult, c.hidden_size))
@@ -136,7 +128,7 @@ class Transformer(nn.Module):
         hidden = rms_norm(StreamHead(c, name="head_mix")(streams), final_norm, eps=c.rms_norm_eps)
         mtp_hidden = mtp_logits = None
         if mtp and c.num_nextn_predict_layers:
-            after, exists = next_in_document(tokens, segment_ids)
+            after, exists = tokens_ahead(tokens, segment_ids, 1)
             embedded = jnp.where(exists[..., None], table[after], 0).astype(dtype)
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
             # A document's last token has nothing to predict here: its expert load is not counted.
@@ -191,11 +183,26 @@ def param_shapes(config: ModelConfig) -> dict:
     return jax.eval_shape(lambda key: model.init(key, tokens)["params"], jax.random.key(0))
 
 
+def _check_inputs(
+    config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, positions: Tokens | None
+) -> None:
+    if not isinstance(tokens, jax.core.Tracer):
+        check_token_ids(tokens, config.vocab_size)
+    for name, given in (("segment_ids", segment_ids), ("positions", positions)):
+        if given is not None and given.shape != tokens.shape:
+            raise InputError(
+                f"{name}: expected the shape of tokens, {tokens.shape}, got {given.shape}; give "
+                "one integer per token"
+            )
+
+
 def _describe(
     config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, positions: Tokens | None
 ) -> Batch:
     """Work out, once for all layers, where tokens and compressed entries stand."""
-    offsets = None if segment_ids is None else document_offsets(segment_ids)
+    offsets = None
+    if segment_ids is not None:
+        offsets, segment_ids = document_offsets(segment_ids), number_documents(segment_ids)
     if positions is None:
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         positions = index if offsets is None else offsets

@@ -11,23 +11,7 @@ from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.params import param
 from dsv4_jax.router import RouterStats
-from dsv4_jax.shapes import Array, Bool, Hidden, Int, Streams, Tokens
-
-
-def next_in_document(
-    tokens: Tokens, segment_ids: Tokens | None
-) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
-    """Return the token after each token and whether it is of the same document.
-
-    Where there is none, the token returned is 0. Padding has no next token.
-    """
-    after = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    exists = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
-    exists = jnp.broadcast_to(exists, tokens.shape)
-    if segment_ids is not None:
-        same = segment_ids[:, 1:] == segment_ids[:, :-1]
-        exists = exists & jnp.pad(same, ((0, 0), (0, 1))) & (segment_ids > 0)
-    return jnp.where(exists, after, 0), exists
+from dsv4_jax.shapes import Hidden, Streams
 
 
 class MultiTokenPrediction(nn.Module):

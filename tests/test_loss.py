@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dsv4_jax import chunks, loss
+from dsv4_jax.attention.layout import tokens_ahead
 from dsv4_jax.loss import next_token_loss, shifted_targets, token_nats
-from dsv4_jax.mtp import next_in_document
 
 VOCAB, WIDTH = 11, 9
 ROUNDING = 1e-6  # float32 sums of a few dozen terms, relative
@@ -59,13 +59,13 @@ def test_shifted_targets(segment_ids, shift):
 
 
 @pytest.mark.parametrize("segment_ids", [PACKED, np.ones((2, 1), int), np.ones((2, 6), int)])
-def test_next_in_document(segment_ids):
+def test_tokens_ahead(segment_ids):
     tokens = random_tokens(*segment_ids.shape)
     expected = np.zeros(tokens.shape)
     for row, place, target in loop_over_targets(tokens, segment_ids, 1):
         expected[row, place] = target
     for form in forms_of(segment_ids):
-        after, exists = next_in_document(jnp.asarray(tokens), form)
+        after, exists = tokens_ahead(jnp.asarray(tokens), form, 1)
         np.testing.assert_array_equal(after, expected)
         np.testing.assert_array_equal(exists, expected > 0)
 

@@ -84,8 +84,8 @@ def attend_hybrid(
     for begin, end in _stretches(blocks.q.shape[1], slots, block):
         stretch = jax.tree.map(lambda x, a=begin, z=end: x[:, a:z], blocks)
         # Entries are numbered by their last token: none beyond this is complete, in any document.
-        complete = end * block // ratio
-        outs.append(_attend_stretch(stretch, entries[:, :complete], sink, window, choose))
+        seen = entries[:, : end * block // ratio]
+        outs.append(_attend_stretch(stretch, seen, sink, window, choose))
     return _from_blocks(jnp.concatenate(outs, axis=1), t)
 
 

@@ -33,6 +33,22 @@ def number_documents(segment_ids: Tokens) -> Tokens:
     return jnp.where(segment_ids > 0, jnp.cumsum(_starts(segment_ids), axis=1), 0)
 
 
+def tokens_ahead(
+    tokens: Tokens, segment_ids: Tokens | None, shift: int
+) -> tuple[Tokens, Bool[Array, "b t"]]:
+    """Return the token `shift` places after each token and whether it is of the same document.
+
+    Where it is not, the token returned is 0. Nothing comes after padding.
+    """
+
+    def shifted(x):
+        return jnp.pad(x, ((0, 0), (0, shift)))[:, shift:]
+
+    documents = jnp.ones_like(tokens) if segment_ids is None else number_documents(segment_ids)
+    exists = (shifted(documents) == documents) & (documents > 0)
+    return jnp.where(exists, shifted(tokens), 0), exists
+
+
 def document_offsets(segment_ids: Tokens) -> Tokens:
     """Return each token's index within its document; documents are contiguous runs of one id."""
     index = jnp.arange(segment_ids.shape[1])
