@@ -1,4 +1,4 @@
-"""Write the files of a workdir: what fails is said in one line, and nothing whole is lost."""
+"""Write files: what fails is said in one line, and nothing whole is lost."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ Closable = TypeVar("Closable")
 
 
 @contextlib.contextmanager
-def explain_failed_write(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block, which writes to the path, into an InputError."""
+def explain_failed_write(path: Path, flag: str = "workdir") -> Iterator[None]:
+    """Turn an OSError of the block, which writes to the path, into an InputError.
+
+    Args:
+      flag: that says where to write.
+    """
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"workdir: cannot write {path}: {error.strerror or error}; choose a writable folder "
+            f"{flag}: cannot write {path}: {error.strerror or error}; choose a writable folder "
             "with space"
         ) from error
 

@@ -21,6 +21,7 @@ from dsv4_jax.hf_keys import (
     RATE_KEYS,
     RELEASED_RATES,
     ROOT,
+    YARN_KEYS,
     Naming,
 )
 
@@ -80,12 +81,17 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
+def naming_of(config: Mapping) -> Naming:
+    """Return the naming that most keys belong to."""
+    return max((ROOT, INFERENCE), key=lambda naming: len(naming.known & config.keys()))
+
+
 def _convert(config: dict) -> ModelConfig:
-    naming = max((ROOT, INFERENCE), key=lambda n: len(n.known & config.keys()))
-    _check_keys("", config, naming.known)
+    naming = naming_of(config)
+    check_keys("", config, naming.known)
     for key, admitted in naming.fixed.items():
         if key in config:
-            _check_value(key, config[key], admitted)
+            check_value(key, config[key], admitted)
     values = _schedule(config, naming)
     if naming is ROOT:
         values |= _rotary(config)
@@ -114,7 +120,7 @@ def _rates(config: dict) -> dict[str, int]:
     """Return the ratio of each compressed kind, which only transformers writes separately."""
     given = config.get("compress_rates")
     given = {} if given is None else given
-    _check_keys("compress_rates", given, RATE_KEYS.values())
+    check_keys("compress_rates", given, RATE_KEYS.values())
     rates = {}
     for kind, released in RELEASED_RATES.items():
         key, alias = RATE_KEYS[kind], RATE_ALIASES[kind]
@@ -147,7 +153,7 @@ def _kinds_of_ratios(ratios, num_layers: int, rates: dict[str, int]) -> tuple[st
     kinds = _look_up_list("compress_ratios", ratios, kind_of)
     _check_length("compress_ratios", kinds, (num_layers, num_layers + 1))
     if len(kinds) > num_layers:
-        _check_value(f"compress_ratios[{num_layers}] (prediction block)", ratios[-1], (0,))
+        check_value(f"compress_ratios[{num_layers}] (prediction block)", ratios[-1], (0,))
     return kinds[:num_layers]
 
 
@@ -197,13 +203,14 @@ def _rotary(config: dict) -> dict:
 
 def _nested_rotary(config: dict, name: str, parameters: Mapping) -> dict:
     """Read parameters of window layers ("main") and of CSA and HCA layers ("compress")."""
-    for key in {"rope_theta", "compress_rope_theta"} & config.keys():
-        _number(config, key)  # superseded below, but not allowed to be nonsense
-    _check_keys(name, parameters, ("main", "compress"))
+    for key in ("rope_theta", "compress_rope_theta"):  # superseded, but no nonsense is allowed
+        if key in config and _number(config, key) <= 0:
+            raise InputError(f"{key}: expected a positive number, got {config[key]}")
+    check_keys(name, parameters, ("main", "compress"))
     main, compress = f"{name}.main", f"{name}.compress"
     groups = {main: parameters.get("main"), compress: parameters.get("compress")}
     own_keys = {"rope_theta", "partial_rotary_factor"}
-    _check_keys(main, groups[main], own_keys | {"rope_type", "type"})
+    check_keys(main, groups[main], own_keys | {"rope_type", "type"})
     _rope_type(main, groups[main], ("default",))
     yarn = _yarn(compress, groups[compress], own_keys)
     if yarn["yarn_factor"] > 1 and "attention_factor" not in groups[compress]:
@@ -221,27 +228,21 @@ def _nested_rotary(config: dict, name: str, parameters: Mapping) -> dict:
 
 def _yarn(name: str, parameters, more_keys) -> dict:
     """Return the YaRN fields; rope type "default" is no extension, a factor of 1."""
-    fields = {
-        "yarn_factor": "factor",
-        "yarn_original_positions": "original_max_position_embeddings",
-        "yarn_beta_fast": "beta_fast",
-        "yarn_beta_slow": "beta_slow",
-    }
     fixed = {
         "attention_factor": (1.0,), "mscale": (1.0,), "mscale_all_dim": (1.0,), "truncate": (True,)
     }  # fmt: skip
     common = {"rope_type", "type", "partial_rotary_factor", *more_keys}
-    _check_keys(name, parameters, common | set(fields.values()) | set(fixed))
+    check_keys(name, parameters, common | set(YARN_KEYS.values()) | set(fixed))
     if _rope_type(name, parameters, ("default", "yarn")) == "default":
-        _check_keys(f"{name} without YaRN", parameters, common)
+        check_keys(f"{name} without YaRN", parameters, common)
         return {"yarn_factor": 1}
     for key, admitted in fixed.items():
         if key in parameters:
-            _check_value(f"{name}.{key}", parameters[key], admitted)
+            check_value(f"{name}.{key}", parameters[key], admitted)
     required = {"yarn_factor", "yarn_original_positions"}
     return {
         field: _number(parameters, key, name)
-        for field, key in fields.items()
+        for field, key in YARN_KEYS.items()
         if key in parameters or field in required
     }
 
@@ -250,7 +251,7 @@ def _rope_type(name: str, parameters: Mapping, admitted: tuple) -> str:
     """Return the rope type, written under `rope_type`, `type` or, when alike, both."""
     types = [parameters[key] for key in ("rope_type", "type") if key in parameters] or ["default"]
     for value in types:
-        _check_value(f"{name}.rope_type", value, admitted if value == types[0] else types[:1])
+        check_value(f"{name}.rope_type", value, admitted if value == types[0] else types[:1])
     return types[0]
 
 
@@ -282,7 +283,7 @@ def _join(name: str, key) -> str:
     return f"{name}.{key}" if name else str(key)
 
 
-def _check_keys(name: str, mapping, known) -> None:
+def check_keys(name: str, mapping, known) -> None:
     """Refuse what is not a mapping and keys that are not known, with the nearest known one."""
     if not isinstance(mapping, Mapping):
         raise InputError(f"{name}: expected an object, got {reprlib.repr(mapping)}")
@@ -294,7 +295,7 @@ def _check_keys(name: str, mapping, known) -> None:
         raise InputError(f"{name}: unknown key {keys}{hint}".removeprefix(": "))
 
 
-def _check_value(name: str, value, admitted) -> None:
+def check_value(name: str, value, admitted) -> None:
     """Refuse a value that is not admitted; True and 1 are different, 0 and 0.0 are not."""
     for choice in admitted:
         if isinstance(value, bool) == isinstance(choice, bool) and value == choice:
@@ -314,7 +315,7 @@ def _look_up_list(name: str, values, table: dict) -> tuple:
     if not isinstance(values, (list, tuple)):
         raise InputError(f"{name}: expected a list, got {reprlib.repr(values)}")
     for layer, value in enumerate(values):
-        _check_value(f"{name}[{layer}]", value, table)
+        check_value(f"{name}[{layer}]", value, table)
     return tuple(table[value] for value in values)
 
 

@@ -17,6 +17,14 @@ RATE_KEYS = {CSA: "compressed_sparse_attention", HCA: "heavily_compressed_attent
 RATE_ALIASES = {CSA: "compress_rate_csa", HCA: "compress_rate_hca"}  # of early conversions
 RELEASED_RATES = {CSA: 4, HCA: 128}
 
+# Fields of YaRN and their keys in its parameters.
+YARN_KEYS = {
+    "yarn_factor": "factor",
+    "yarn_original_positions": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
 # Fields that `inference/config.json` leaves to defaults, on which both releases agree.
 OPTIONAL_FIELDS = frozenset({
     "rms_norm_eps", "hc_eps", "initializer_range", "max_position_embeddings",
@@ -31,14 +39,16 @@ class Naming:
     fields: dict[str, str]  # field of ModelConfig -> key
     schedule: frozenset[str]  # keys of the schedule and of rotary parameters, read by functions
     fixed: dict[str, tuple]  # key -> the values that this architecture admits
-    ignored: frozenset[str]  # keys that do not change what the model computes
+    storage: frozenset[str]  # keys that say how tensors are stored, read by `storage_of`
+    ignored: frozenset[str]  # other keys that do not change what the model computes
     num_layers: str
     num_hash_layers: str
 
     @property
     def known(self) -> frozenset[str]:
         """Every key that may occur."""
-        return self.schedule | self.ignored | set(self.fields.values()) | set(self.fixed)
+        keys = self.schedule | self.storage | self.ignored
+        return keys | set(self.fields.values()) | set(self.fixed)
 
 
 _SAME_NAME = (
@@ -78,11 +88,12 @@ ROOT = Naming(
         "is_encoder_decoder": (False,),
         "per_layer_config": (None,),
     },
+    storage=frozenset({"dtype", "torch_dtype", "quantization_config", "expert_dtype"}),
     ignored=frozenset(
-        # storage, tokens and outputs
-        "dtype torch_dtype quantization_config expert_dtype transformers_version "
-        "pad_token_id bos_token_id eos_token_id use_cache output_hidden_states "
-        "output_attentions output_router_logits router_aux_loss_coef return_dict "
+        # tokens and outputs
+        "transformers_version pad_token_id bos_token_id eos_token_id use_cache "
+        "output_hidden_states output_attentions output_router_logits router_aux_loss_coef "
+        "return_dict "
         # what every transformers configuration may carry
         "id2label label2id num_labels problem_type name_or_path _name_or_path _commit_hash "
         "attn_implementation experts_implementation auto_map tie_last_hidden_states "
@@ -120,9 +131,36 @@ INFERENCE = Naming(
     },
     schedule=frozenset({"n_layers", "compress_ratios", "n_hash_layers"}),
     fixed={"n_shared_experts": (1,), "score_func": ("sqrtsoftplus",)},
-    ignored=frozenset(
-        "dtype scale_fmt scale_dtype expert_dtype max_batch_size max_seq_len".split()
-    ),
+    storage=frozenset({"dtype", "scale_fmt", "scale_dtype", "expert_dtype"}),
+    ignored=frozenset({"max_batch_size", "max_seq_len"}),
     num_layers="n_layers",
     num_hash_layers="n_hash_layers",
 )  # fmt: skip
+
+# Of ROOT's fixed keys those that only transformers writes.
+TRANSFORMERS_FIXED = frozenset({
+    "mlp_bias", "router_jitter_noise", "chunk_size_feed_forward", "is_encoder_decoder",
+    "per_layer_config",
+})  # fmt: skip
+
+# How tensors are stored: key -> the values that our formats of numbers admit.
+DTYPES = ("bfloat16", "float16", "float32")
+EXPERT_DTYPES = ("fp4", "fp8")
+QUANTIZATION = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3",),
+    "activation_scheme": ("dynamic",),
+    "weight_block_size": ([128, 128], (128, 128)),
+    "scale_fmt": ("ue8m0", "float"),
+    "expert_dtype": EXPERT_DTYPES,
+    # what else transformers writes
+    "dequantize": (False,),
+    "modules_to_convert": (None,),
+    "modules_to_not_convert": (None, []),
+}
+INFERENCE_STORAGE = {
+    "dtype": ("fp8", "bf16"),
+    "scale_fmt": ("ue8m0", None),
+    "scale_dtype": ("fp8", "fp32"),
+    "expert_dtype": (*EXPERT_DTYPES, None),
+}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DeepseekV4Config
 
 from dsv4_jax.config import CSA, HASH, HCA, LEARNED, WINDOW, ModelConfig
-from dsv4_jax.hf_keys import INFERENCE, OPTIONAL_FIELDS, ROOT
+from dsv4_jax.errors import InputError
+from dsv4_jax.hf_keys import INFERENCE, OPTIONAL_FIELDS, RATE_KEYS, ROOT, YARN_KEYS
 
 DATA = Path(__file__).parent / "data"
 RELEASED = {
@@ -59,7 +64,7 @@ def nested(**compress) -> dict:
 
 
 def refusal(source) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(InputError) as caught:
         ModelConfig.from_hf(source)
     message = str(caught.value)
     assert "\n" not in message
@@ -185,25 +190,150 @@ def test_refusal_names_the_key(case):
     assert expected in refusal(source)
 
 
-NUMERIC = {
-    "flash": sorted(ROOT.fields.values()) + ["num_hidden_layers", "rope_theta", "qk_rope_head_dim"],
-    "flash_inference": sorted(set(INFERENCE.fields.values())) + ["n_layers", "n_hash_layers"],
+# Every key of every form, nested ones too
+
+FORMS = {
+    "flash": load("flash"),
+    "inference": load("flash_inference"),
+    "transformers": DeepseekV4Config(**load("flash")).to_dict(),
 }
-OPTIONAL = {
-    naming.fields[f] for naming in (ROOT, INFERENCE) for f in OPTIONAL_FIELDS & naming.fields.keys()
-}
+NAMINGS = (ROOT, INFERENCE)
+NO_PART_OF_THE_MODEL = frozenset().union(*(n.storage | n.ignored for n in NAMINGS))
+NONSENSE = (
+    math.nan, math.inf, -math.inf, -1, 10**30, 10**400, None, False, "1", "", "a\nb",
+    [], [1], [[]], {}, {"a": 1},
+)  # fmt: skip
+ADMITTED = {  # which of these make sense, by key
+    "architectures": (None,),
+    "compress_rates": (None, {}),
+    "partial_rotary_factor": (None,),
+    "qk_rope_head_dim": (None,),
+    "rope_parameters": (None, {}),
+    "rope_scaling": (None, {}),
+} | {key: (False,) for key, values in ROOT.fixed.items() if values == (False,)}
+FIELD_OF = {key: field for naming in NAMINGS for field, key in naming.fields.items()}
+FIELD_OF |= {key: field for field, key in YARN_KEYS.items()}
+FIELD_OF |= {key: f"{kind}_ratio" for kind, key in RATE_KEYS.items()}
 
 
-@pytest.mark.parametrize(
-    "name, key", [(name, key) for name, keys in NUMERIC.items() for key in keys]
+def places(config: dict, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every key that is part of the model."""
+    for key, value in config.items():
+        if key not in NO_PART_OF_THE_MODEL:
+            yield (*above, key)
+            if isinstance(value, dict):
+                yield from places(value, (*above, key))
+
+
+PLACES = [(form, place) for form, config in FORMS.items() for place in places(config)]
+EVERY_PLACE = pytest.mark.parametrize(
+    "form, place", PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(part)
 )
-def test_nonsense_numbers_are_refused(name, key):
-    field = next((f for f, k in INFERENCE.fields.items() if k == key), key)
-    for value in (math.nan, math.inf, -1, 10**30, "1", None, [1], {}, False):
-        message = refusal(edited(name, **{key: value}))
-        assert key in message or field in message
-    if key not in OPTIONAL:
-        assert f"{key}: missing" in refusal(edited(name, without=(key,)))
+
+
+def holder_changed(config: dict, place: tuple[str, ...], change) -> dict:
+    """Return a configuration in which the object that has a place's key is changed."""
+    if len(place) == 1:
+        return change(config)
+    return config | {place[0]: holder_changed(config[place[0]], place[1:], change)}
+
+
+def check_names(message: str, key: str) -> None:
+    assert key in message or FIELD_OF.get(key, key) in message
+
+
+@EVERY_PLACE
+def test_nonsense_is_refused(form, place):
+    key = place[-1]
+    for value in NONSENSE:
+        if value not in ADMITTED.get(key, ()):
+            source = holder_changed(FORMS[form], place, lambda holder, v=value: holder | {key: v})
+            check_names(refusal(source), key)
+
+
+@EVERY_PLACE
+def test_misspelt_key_is_refused(form, place):
+    key = place[-1]
+
+    def misspell(holder: dict) -> dict:
+        return {name + "_" * (name == key): value for name, value in holder.items()}
+
+    message = refusal(holder_changed(FORMS[form], place, misspell))
+    assert "unknown key" in message and f"did you mean '{key}'?" in message
+
+
+OPTIONAL = {naming.fields[f] for naming in NAMINGS for f in OPTIONAL_FIELDS & naming.fields.keys()}
+MAY_BE_MISSING = {  # keys for which their readers have a default, or which another key repeats
+    "flash": {*OPTIONAL, *ROOT.fixed, "beta_fast", "beta_slow"},
+    "inference": {*OPTIONAL, *INFERENCE.fixed},
+}
+MAY_BE_MISSING["transformers"] = MAY_BE_MISSING["flash"] | {
+    "compress_rates", *RATE_KEYS.values(), "partial_rotary_factor", "qk_rope_head_dim", "type",
+    "rope_type",
+}  # fmt: skip
+SUPERSEDED = (("rope_theta",), ("compress_rope_theta",))  # by rope_parameters
+
+
+@EVERY_PLACE
+def test_missing_key(form, place):
+    key = place[-1]
+
+    def remove(holder: dict) -> dict:
+        return {name: value for name, value in holder.items() if name != key}
+
+    source = holder_changed(FORMS[form], place, remove)
+    if key in ("rope_scaling", "rope_parameters"):
+        no_yarn = dataclasses.replace(RELEASED["flash"], yarn_factor=1)
+        assert ModelConfig.from_hf(source) == no_yarn
+    elif key in MAY_BE_MISSING[form] or (form == "transformers" and place in SUPERSEDED):
+        assert ModelConfig.from_hf(source) == RELEASED["flash"]
+    elif key == "type":
+        assert "rope_scaling without YaRN: unknown key" in refusal(source)
+    else:
+        check_names(refusal(source), key)
+
+
+LISTS = [
+    ("flash", "compress_ratios", (43, 44)),
+    ("inference", "compress_ratios", (43, 44)),
+    ("transformers", "layer_types", (43,)),
+    ("transformers", "mlp_layer_types", (43,)),
+]
+
+
+@pytest.mark.parametrize("form, key, admitted", LISTS)
+def test_lists_have_an_entry_for_each_layer(form, key, admitted):
+    values = FORMS[form][key]
+    for length in set(range(2 * len(values) + 1)) - set(admitted):
+        message = refusal(FORMS[form] | {key: (values + values)[:length]})
+        assert f"{key}: expected {' or '.join(map(str, admitted))} entries" in message
+        assert f"got {length}" in message
+
+
+@pytest.mark.parametrize("form, key, _", LISTS)
+def test_nonsense_in_lists_is_refused(form, key, _):
+    values = FORMS[form][key]
+    for layer, value in enumerate((NONSENSE * 3)[: len(values)]):
+        message = refusal(FORMS[form] | {key: values[:layer] + [value] + values[layer + 1 :]})
+        assert f"{key}[{layer}]" in message
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(PLACES), JSON_VALUES)
+def test_any_value_is_understood_or_refused_in_one_line(where, value):
+    form, place = where
+    source = holder_changed(FORMS[form], place, lambda holder: holder | {place[-1]: value})
+    try:
+        assert isinstance(ModelConfig.from_hf(source), ModelConfig)
+    except InputError as error:
+        check_names(str(error), place[-1])
+        assert len(str(error).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -83,14 +83,17 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_readme_example_runs():
-    (example,) = code_blocks("python")
+def test_readme_examples_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(example, "README.md", "exec", dont_inherit=True), names)
+    for example in code_blocks("python"):
+        exec(compile(example, "README.md", "exec", dont_inherit=True), names)
     logits, jnp = names["logits"], names["jnp"]
     assert logits.shape == (1, 128, names["config"].vocab_size)
     assert logits.dtype == jnp.float32
     assert jnp.isfinite(logits).all()
+    assert names["params"]["embedding"].dtype == jnp.bfloat16
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 
 def test_readme_maps_every_file_below_what_it_imports():

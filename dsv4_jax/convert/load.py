@@ -1,0 +1,153 @@
+"""Load a checkpoint into our tree of parameters."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaves_of, parts_in, read_leaf, sizes_of
+from dsv4_jax.convert.opening import open_checkpoint
+from dsv4_jax.convert.quantized import Quantized, code_dtypes
+from dsv4_jax.convert.source import Source
+from dsv4_jax.convert.storage import PLAIN_DTYPES, stored_shapes
+from dsv4_jax.errors import InputError
+from dsv4_jax.model import param_shapes
+from dsv4_jax.sharding import shardings_of, spec_of
+
+
+def load_pretrained(
+    path: str | os.PathLike, *, dtype: jnp.dtype | str | None = None, mesh: Mesh | None = None,
+    keep_quantized: bool = False, skip_mtp: bool = False,
+) -> tuple[ModelConfig, dict]:
+    """Load a checkpoint of DeepSeek-V4: safetensors in any naming and format, or ours.
+
+    Every tensor must be there, once, with its shape and a dtype that the architecture admits, and
+    every value must be finite.
+
+    Args:
+      path: a folder with `config.json` and safetensors files, of DeepSeek or of transformers; what
+        `launch/convert.py --to=orbax` wrote; or the workdir of a training, whose newest checkpoint
+        is taken.
+      dtype: of all floating-point leaves. None: quantised tensors become bfloat16, everything else
+        keeps its stored type.
+      mesh: devices that share the parameters as `sharding.RULES` says; each process reads the bytes
+        of its own shards alone. None: the default device.
+      keep_quantized: leave quantised weights as `Quantized` leaves, which hold the stored bytes;
+        `dequantize` makes weights of them, `save_pretrained` writes the same bytes again.
+      skip_mtp: leave out the multi-token prediction block, of whatever kind.
+    Returns:
+      The configuration, without a prediction block if transformers has dropped it, and parameters
+      for `Transformer(config)`.
+    Raises:
+      InputError: one line with the path, the tensor and the reason.
+    """
+    dtype = None if dtype is None else _checked_dtype(dtype)
+    opened = open_checkpoint(Path(path), skip_mtp=skip_mtp)
+    logging.info("%s: %s", path, opened.title)
+    source = opened.source
+    shardings = _shardings(source.config, mesh)
+    params = {}
+    for leaf in leaves_of(source.config, source.tensors):
+        load = _load_quantized if keep_quantized and _is_quantized(source, leaf) else _load_leaf
+        params[leaf.path] = load(source, leaf, dtype, shardings[leaf.path])
+    return source.config, unflatten_dict(params, sep="/")
+
+
+def _checked_dtype(dtype) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in PLAIN_DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(PLAIN_DTYPES)} or None, got {dtype!r}")
+    return found
+
+
+def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
+    boxed = param_shapes(config)
+    if mesh is not None:
+        return flatten_dict(shardings_of(boxed, mesh), sep="/")
+    default = SingleDeviceSharding(jax.devices()[0])
+    return dict.fromkeys(flatten_dict(boxed, sep="/"), default)
+
+
+def _load_leaf(source: Source, leaf: Leaf, dtype: np.dtype | None, sharding: Sharding) -> jax.Array:
+    read = partial(read_leaf, source, leaf, dtype=leaf_dtype(source, leaf, dtype))
+    return _assemble(leaf.shape, sharding, read)
+
+
+def _is_quantized(source: Source, leaf: Leaf) -> bool:
+    stored = {source.storage(tensor) for tensor, _ in leaf.parts}
+    if len(stored) > 1 and any(storage.form for storage in stored):
+        raise InputError(
+            f"{leaf.path}: expected all of its tensors in one format, got several; load without "
+            "keep_quantized"
+        )
+    return next(iter(stored)).form is not None
+
+
+def _load_quantized(source: Source, leaf: Leaf, _, sharding: Sharding) -> Quantized:
+    """Fill the codes and scales of a leaf, which keep the checkpoint's axes."""
+    tensor, part = leaf.parts[0]
+    storage = source.storage(tensor)
+    stack = leaf.shape[: leaf.stacked]
+
+    def read(index: tuple[slice, ...], which: int, dtype: np.dtype) -> np.ndarray:
+        out = np.empty(sizes_of(index), dtype)
+        for place, tensor, _ in parts_in(leaf, index):
+            block = source.read(tensor)
+            values = (block.values, block.scales)[which][index[leaf.stacked :]]
+            out[place] = np.ascontiguousarray(values).view(dtype)
+        return out
+
+    arrays = []
+    dtypes = code_dtypes(storage.form, storage.scales)
+    for which, shape in enumerate(stored_shapes(tensor.shape, storage.form)):
+        shape = (*stack, *shape)
+        placed = _stored_sharding(sharding, leaf, shape)
+        arrays.append(
+            _assemble(shape, placed, partial(read, which=which, dtype=dtypes[which]))
+        )
+    return Quantized(*arrays, storage.form, part.layout)
+
+
+def _stored_sharding(sharding: Sharding, leaf: Leaf, shape: tuple[int, ...]) -> Sharding:
+    """Shard codes or scales like the weight, by the first of the axes merged into each of theirs.
+
+    An axis that does not divide, such as one of few scales, is whole on every device.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = leaf.parts[0][1].layout.axes
+    spec = [*sharding.spec[: leaf.stacked], *spec_of(tuple(axis[0] for axis in axes))]
+    for axis, size in enumerate(shape):
+        names = (spec[axis],) if isinstance(spec[axis], str) else spec[axis] or ()
+        if size % math.prod(sharding.mesh.shape[name] for name in names):
+            spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _assemble(
+    shape: tuple[int, ...], sharding: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """Make an array of which each device gets its own part; equal parts are read once."""
+    devices: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, holders in devices.items():
+        values = read(tuple(slice(*pair) for pair in bounds))
+        arrays += [jax.device_put(values, device) for device in holders]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

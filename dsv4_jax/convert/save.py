@@ -1,0 +1,172 @@
+"""Save parameters, or the tensors of a checkpoint, as a checkpoint for PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.convert.leaf_source import LeafSource
+from dsv4_jax.convert.names import (
+    HF,
+    HF_APART,
+    ORIGINAL,
+    FileTensor,
+    Naming,
+    file_tensors,
+    scale_name,
+)
+from dsv4_jax.convert.shards import Item, Output, write_shards
+from dsv4_jax.convert.source import Source, about
+from dsv4_jax.convert.storage import (
+    check_dtype,
+    restore,
+    stored_shapes,
+    target_storage,
+    written_dtypes,
+)
+from dsv4_jax.convert.table import EXPERT, LINEAR, Tensor
+from dsv4_jax.errors import InputError
+from dsv4_jax.hf_write import Storage as StorageKeys
+from dsv4_jax.hf_write import deepseek_config, inference_config, transformers_config
+from dsv4_jax.quant import FLOAT32, Block
+
+HF_FORMAT, DEEPSEEK = "hf", "deepseek"
+FORMATS = (HF_FORMAT, DEEPSEEK)
+MAX_SHARD_BYTES = 5 * 10**9
+
+Seen = Callable[[Tensor, Block], None]  # a tensor as it is written
+
+
+def save_pretrained(
+    path: str | os.PathLike, config: ModelConfig, params: dict, *, format: str = HF_FORMAT,
+    dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that PyTorch programs load: `config.json` and safetensors files.
+
+    The folder appears only when it is complete. Tensors pass through memory one at a time.
+
+    Args:
+      path: a folder that does not exist yet, or is empty.
+      params: of `Transformer(config)`, wholly addressable from this process; leaves may be
+        `Quantized`.
+      format: "hf", with the names of transformers' modules, or "deepseek", with the original names.
+        The multi-token prediction block, which transformers ignores, has original names in both.
+      dtype: None keeps each leaf's own. "bfloat16", "float16" or "float32" is that of all weights
+        but those that the released checkpoints keep in float32. "fp8" stores the released
+        checkpoints' quantised matrices in FP8, "fp4" those of the routed experts in FP4.
+      max_shard_bytes: of one file, unless a single tensor is larger.
+    Raises:
+      InputError: the folder exists or cannot be written, parameters are not those of the config or
+        not finite, or the format cannot say this config.
+    """
+    check_format(format, dtype)
+    source = LeafSource(config, flatten_dict(params, sep="/"), "params")
+    output = Output(Path(path))
+    items = items_of(source, format, dtype)
+    write_shards(output, items, max_shard_bytes=max_shard_bytes)
+    write_config(output, source, format, dtype, {})
+    output.finish()
+
+
+def check_format(format: str, dtype: str | None) -> None:
+    """Raise an InputError unless both are known."""
+    if format not in FORMATS:
+        raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_dtype(dtype)
+
+
+def write_config(
+    output: Output, source: Source, format: str, dtype: str | None, carried: dict
+) -> None:
+    """Write the configuration files of a format; `inference/config.json` where it can say all.
+
+    Args:
+      carried: the `config.json` that came with the input.
+    """
+    keys = storage_keys(source, dtype)
+    write = {HF_FORMAT: transformers_config, DEEPSEEK: deepseek_config}[format]
+    output.write_json("config.json", write(source.config, keys, carried))
+    if format == DEEPSEEK:
+        # DeepSeek's inference program knows fewer models and dtypes than config.json can say.
+        with contextlib.suppress(InputError):
+            output.write_json("inference/config.json", inference_config(source.config, keys))
+
+
+def storage_keys(source: Source, dtype: str | None) -> StorageKeys:
+    """Describe what is written as far as `config.json` says it."""
+    by_kind = {
+        tensor.kind: target_storage(tensor, source.storage(tensor), dtype)
+        for tensor in source.tensors
+    }
+    experts, linears = by_kind[EXPERT], by_kind[LINEAR]
+    scales = {kind.scales for kind in (experts, linears) if kind.form}
+    plain = next(t for t in source.tensors if t.name == "head.weight")
+    return StorageKeys(
+        dtype=target_storage(plain, source.storage(plain), dtype).dtype.name,
+        experts=experts.form and experts.form.name,
+        linears=linears.form and linears.form.name,
+        scales="float32" if FLOAT32 in scales else "ue8m0",
+    )
+
+
+def items_of(
+    source: Source, format: str, dtype: str | None, seen: Seen = lambda *_: None
+) -> list[Item]:
+    """Return what is to be written, in the order of the released checkpoints.
+
+    Args:
+      seen: is told every tensor when its values are written.
+    Raises:
+      InputError: tensors that become one are stored differently.
+    """
+    naming = _naming(source, format, dtype)
+    return [
+        item for file in file_tensors(naming, source.tensors)
+        for item in _items(source, naming, file, dtype, seen)
+    ]  # fmt: skip
+
+
+def _naming(source: Source, format: str, dtype: str | None) -> Naming:
+    if format == DEEPSEEK:
+        return ORIGINAL
+    expert = next(tensor for tensor in source.tensors if tensor.kind == EXPERT)
+    return HF_APART if target_storage(expert, source.storage(expert), dtype).form else HF
+
+
+def _items(
+    source: Source, naming: Naming, file: FileTensor, dtype: str | None, seen: Seen
+) -> Iterator[Item]:
+    """Yield a tensor to be written and, where it is quantised, its scales."""
+    targets = {target_storage(tensor, source.storage(tensor), dtype) for tensor in file.tensors}
+    if len(targets) > 1:
+        raise InputError(
+            f"{file.name}: expected its experts stored alike, got several ways; give a dtype"
+        )
+    (target,) = targets
+    shape = file.tensors[0].shape
+
+    def blocks(told: bool) -> Iterator[Block]:
+        for tensor in file.tensors:
+            before = source.read(tensor)
+            with about(source.where(tensor)):
+                after = restore(before, target)
+            if told:
+                seen(tensor, after)
+            yield after
+
+    def values() -> Iterator[np.ndarray]:
+        return (block.values for block in blocks(True))
+
+    def scales() -> Iterator[np.ndarray]:
+        return (block.scales for block in blocks(False))
+
+    names = file.name, scale_name(file.name, naming.scale_suffix)
+    dtypes, shapes = written_dtypes(target), stored_shapes(shape, target.form)
+    for name, code, stored, pieces in zip(names, dtypes, shapes, (values, scales), strict=False):
+        yield Item(name, code, file.shape(stored), pieces)

@@ -1,0 +1,158 @@
+"""Where a conversion takes tensors from: the files of a safetensors checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.convert.check import check_entries, check_table
+from dsv4_jax.convert.names import ORIGINAL, Naming, file_tensors, naming_of
+from dsv4_jax.convert.storage import VIEWED, Storage, form_of
+from dsv4_jax.convert.table import INTEGER, Part, Tensor, tensors_of
+from dsv4_jax.convert.tensor_files import open_tensors
+from dsv4_jax.errors import InputError
+from dsv4_jax.quant import Block, check_block
+
+DRAFT_HEADS = ("main_proj", "markov_head", "confidence_head")  # of DSpark checkpoints
+
+
+class Source(Protocol):
+    """The tensors of a model, as they are stored somewhere."""
+
+    config: ModelConfig
+    tensors: tuple[Tensor, ...]
+
+    def storage(self, tensor: Tensor) -> Storage:
+        """Say how a tensor is stored, without reading it."""
+
+    def read(self, tensor: Tensor) -> Block:
+        """Return a tensor as it is stored, checked."""
+
+    def read_part(self, tensor: Tensor, part: Part, index: tuple[slice, ...]) -> Block:
+        """Return what belongs to a part of a leaf's slice, unchecked."""
+
+    def where(self, tensor: Tensor) -> str:
+        """Return the place and name of a tensor, for messages."""
+
+
+@contextlib.contextmanager
+def about(where: str) -> Iterator[None]:
+    """Put in front of an InputError what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def check_values(block: Block, tensor: Tensor, config: ModelConfig) -> None:
+    """Raise an InputError unless values and scales are finite, and expert ids in range."""
+    if tensor.kind == INTEGER:
+        check_table(block.values, config)
+    else:
+        check_block(block)
+
+
+class FileSource:
+    """A safetensors checkpoint, whose names, shapes and dtypes are checked when it is opened.
+
+    Args:
+      skip_mtp: leave out the multi-token prediction block, of whatever kind it is.
+    Attributes:
+      config: of what there is; without the prediction block where transformers left that out.
+    Raises:
+      InputError: see `tensor_files.open_tensors` and `check.check_entries`; the prediction block is
+        of another kind.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, *, skip_mtp: bool = False):
+        self.folder = folder
+        entries = open_tensors(folder)
+        mtp = {name for name in entries if name.startswith("mtp.")}
+        if skip_mtp:
+            entries = {name: entry for name, entry in entries.items() if name not in mtp}
+        else:
+            _refuse_draft_heads(folder, mtp)
+        with about(str(folder)):
+            self.naming: Naming = naming_of(entries.keys(), tensors_of(config))
+        # Transformers ignores the block when it loads and drops it when it saves.
+        if skip_mtp or (not mtp and self.naming is not ORIGINAL):
+            config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        self.config, self.tensors = config, tensors_of(config)
+        files = file_tensors(self.naming, self.tensors)
+        self._entries, self._scales = entries, check_entries(folder, entries, files)
+        self._places = {
+            tensor.name: (file, index)
+            for file in files for index, tensor in enumerate(file.tensors)
+        }  # fmt: skip
+
+    def storage(self, tensor: Tensor) -> Storage:
+        """Say how a tensor is stored, without reading it."""
+        name = self._places[tensor.name][0].name
+        dtype, scales = self._entries[name].dtype, self._scales.get(name)
+        return Storage(
+            VIEWED[dtype], form_of(dtype), None if scales is None else VIEWED[scales.dtype]
+        )
+
+    def read(self, tensor: Tensor) -> Block:
+        """Return a tensor as it is stored, checked.
+
+        Raises:
+          InputError: a scale or value is not finite, or an expert id is out of range.
+        """
+        block = self._block(tensor)
+        with about(self.where(tensor)):
+            check_values(block, tensor, self.config)
+        return block
+
+    def read_part(self, tensor: Tensor, part: Part, index: tuple[slice, ...]) -> Block:
+        """Return those values of a tensor that belong to a part of a leaf's slice, unchecked.
+
+        Args:
+          index: a slice of each axis of the leaf's slice that `part` fills.
+        """
+        _, picks = part.layout.restrict(index)
+        picks[0] = picks[0] + part.start
+        block = self._block(tensor)
+        if block.form is not None:
+            picks[1] = np.unique(picks[1] // block.form.per_byte)  # whole bytes
+        chosen = tuple(map(_as_slice, picks))
+        contiguous = all(isinstance(pick, slice) for pick in chosen)
+        values = block.values[chosen if contiguous else np.ix_(*picks)]
+        if block.form is None:
+            return Block(values)
+        return dataclasses.replace(block, values=values, rows=chosen[0], columns=chosen[1])
+
+    def where(self, tensor: Tensor) -> str:
+        """Return the file and name of a tensor, for messages."""
+        name = self._places[tensor.name][0].name
+        return f"{self._entries[name].path}: tensor {name!r}"
+
+    def _block(self, tensor: Tensor) -> Block:
+        file, index = self._places[tensor.name]
+        entry = self._entries[file.name]
+        values, form = file.pick(entry.view(), index), form_of(entry.dtype)
+        if form is None:
+            return Block(values)
+        return Block(values, file.pick(self._scales[file.name].view(), index), form)
+
+
+def _refuse_draft_heads(folder: Path, names: set[str]) -> None:
+    marks = [mark for mark in DRAFT_HEADS if any(mark in name for name in names)]
+    if marks:
+        raise InputError(
+            f"{folder}: mtp.*: expected DeepSeek-V4's multi-token prediction block, got a DSpark "
+            f"draft head ({', '.join(marks)}); leave it out by skip_mtp (--skip_mtp)"
+        )
+
+
+def _as_slice(pick: np.ndarray) -> slice | np.ndarray:
+    """Write indices that follow one another as a slice."""
+    if len(pick) and pick[-1] - pick[0] == len(pick) - 1:
+        return slice(int(pick[0]), int(pick[-1]) + 1)
+    return pick

@@ -1,0 +1,260 @@
+"""Find the tensors of a safetensors checkpoint, believing nothing that its files say.
+
+Headers are validated by the safetensors library. Its NumPy loader knows neither FP8 nor E8M0 nor
+packed FP4, so that the bytes are viewed here, through memory maps of single tensors. No pickle is
+ever opened.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import mmap
+import os
+import reprlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+
+from dsv4_jax.convert.storage import VIEWED
+from dsv4_jax.errors import InputError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
+LARGEST_HEADER = 32 << 20  # bytes; all 145,116 tensors of V4-Pro in one file need 22 MB
+LARGEST_INDEX = 64 << 20  # bytes
+SHOWN = 20  # problems named in one message
+
+
+class Entry(NamedTuple):
+    """A tensor in a file."""
+
+    path: Path
+    dtype: str  # as safetensors calls it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    nbytes: int
+
+    def view(self) -> np.ndarray:
+        """Map the tensor's bytes: an array that reads them when it is used, and not before.
+
+        Raises:
+          InputError: the file cannot be read or is shorter than it was.
+        """
+        dtype = VIEWED[self.dtype]
+        if not self.nbytes:
+            return np.empty(self.shape, dtype)
+        before = self.offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(
+                    file.fileno(), before + self.nbytes, access=mmap.ACCESS_READ,
+                    offset=self.offset - before,
+                )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: cannot be read: {error}; copy it again") from error
+        data = np.frombuffer(mapped, np.uint8, self.nbytes, before)
+        return data.view(dtype).reshape(self.shape)
+
+
+class CheckpointError(InputError):
+    """Several things are wrong with one checkpoint; the message shows the first of `problems`."""
+
+    def __init__(self, where: Path, problems: list[str]):
+        shown = "; ".join(problems[:SHOWN])
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        super().__init__(f"{where}: {len(problems)} wrong: {shown}{more}")
+        self.problems = tuple(problems)
+
+
+def raise_all(where: Path, problems: list[str]) -> None:
+    """Raise a CheckpointError if there are problems."""
+    if problems:
+        raise CheckpointError(where, problems)
+
+
+def open_tensors(folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a checkpoint's folder by name; no data is read.
+
+    Raises:
+      InputError: there is no safetensors checkpoint, only pickles; the index, a shard's name or a
+        header is not what it must be; index and shards do not agree.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a checkpoint's folder, got none; check the path")
+    index = folder / INDEX
+    if index.exists():
+        return _open_indexed(folder, *_read_index(index))
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if found != [SINGLE] and len(found) != 1:
+        raise InputError(f"{folder}: {_no_tensors(folder, found)}")
+    path = checked_path(folder, found[0])
+    return read_header(path)
+
+
+def _no_tensors(folder: Path, found: list[str]) -> str:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if found:
+        return f"expected {INDEX} beside {len(found)} shards, got none; copy it from the source"
+    if pickles:
+        return (
+            f"expected safetensors files, got {pickles[0]}, a pickle, which can run code and is "
+            "never opened; load it with the program that wrote it and save it as safetensors "
+            "(transformers: save_pretrained)"
+        )
+    return f"expected {SINGLE} or {INDEX}, got neither; name the folder that holds them"
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
+    """Return the map from tensors to shards, and the bytes of all tensors if they are given."""
+    checked_path(index.parent, index.name)
+    size = index.stat().st_size
+    if size > LARGEST_INDEX:
+        raise InputError(f"{index}: expected at most {LARGEST_INDEX} bytes, got {size}")
+    document = parse_json(index, index.read_bytes())
+    if not isinstance(document, dict) or not isinstance(document.get("weight_map"), dict):
+        raise InputError(f"{index}: expected an object with a weight_map, got none; copy it again")
+    shards = document["weight_map"]
+    for name, shard in shards.items():
+        if not isinstance(shard, str):
+            raise InputError(
+                f"{index}: tensor {reprlib.repr(name)}: expected a shard's file name, got "
+                f"{reprlib.repr(shard)}"
+            )
+    metadata = document.get("metadata") or {}
+    total = metadata.get("total_size") if isinstance(metadata, dict) else metadata
+    if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 0):
+        raise InputError(f"{index}: total_size: expected bytes, got {reprlib.repr(total)}")
+    return shards, total
+
+
+def _open_indexed(folder: Path, shards: dict[str, str], total: int | None) -> dict[str, Entry]:
+    paths, problems = {}, []
+    for shard in sorted(set(shards.values())):
+        try:
+            if not shard.endswith(".safetensors"):
+                raise InputError(f"{reprlib.repr(shard)}: expected a .safetensors file")
+            paths[shard] = checked_path(folder, shard)
+        except InputError as error:
+            problems.append(str(error))
+    raise_all(folder / INDEX, problems)
+    size = sum(path.stat().st_size for path in paths.values())
+    if total is not None and not size - len(paths) * LARGEST_HEADER <= total <= size:
+        raise InputError(
+            f"{folder / INDEX}: total_size: expected about the shards' {size} bytes, got {total}; "
+            "a shard may be missing or incomplete: copy them again"
+        )
+    entries = {}
+    for shard, path in paths.items():
+        for name, entry in read_header(path).items():
+            if shards.get(name) != shard:
+                claimed = reprlib.repr(shards[name]) if name in shards else "no shard"
+                problems.append(
+                    f"tensor {reprlib.repr(name)}: expected in {claimed}, as {INDEX} says, "
+                    f"got it in {shard}"
+                )
+            entries[name] = entry
+    problems += [
+        f"tensor {reprlib.repr(name)}: expected in {reprlib.repr(shard)}, as {INDEX} says, got none"
+        for name, shard in shards.items()
+        if name not in entries
+    ]
+    raise_all(folder, problems)
+    held = sum(entry.nbytes for entry in entries.values())
+    if total not in (None, held):
+        raise InputError(
+            f"{folder / INDEX}: total_size: expected the tensors' {held} bytes, got {total}; copy "
+            "the index again"
+        )
+    return entries
+
+
+def checked_path(folder: Path, name: str) -> Path:
+    """Return the path of a file of a folder, given by a name that is not to be trusted.
+
+    A link may lead elsewhere in the folder, or into the `blobs` of the Hugging Face cache that the
+    folder is a snapshot of.
+
+    Raises:
+      InputError: it is no plain name of a file in the folder.
+    """
+    shown = reprlib.repr(name)
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or "\\" in name:
+        raise InputError(f"{shown}: expected the name of a file in {folder}, got a path or no name")
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+        is_file = target.is_file()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{shown}: expected a file in {folder}, got none; copy it") from error
+    if not is_file:
+        raise InputError(f"{shown}: expected a file in {folder}, got something else; copy it")
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if target.parent not in (home, blobs):
+        raise InputError(
+            f"{shown}: expected a file in {folder}, got a link out of it; replace it by the file"
+        )
+    return path
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Return the tensors of one safetensors file; no data is read.
+
+    Raises:
+      InputError: the file is not a whole and valid safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(LARGEST_HEADER, size - 8):
+                raise InputError(
+                    f"{path}: expected a header of at most {LARGEST_HEADER} bytes within the "
+                    f"file's {size}, got {length}; {_mend(path)}"
+                )
+            header = file.read(length)
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: expected a safetensors file: {error}; {_mend(path)}") from error
+    return _entries(path, parse_json(path, header), 8 + length)
+
+
+def _mend(path: Path) -> str:
+    return f"copy {path.name} again"
+
+
+def _entries(path: Path, header: dict, start: int) -> dict[str, Entry]:
+    """Return the entries of a header that the library found valid."""
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, info in header.items():
+        first, last = info["data_offsets"]
+        shape = tuple(info["shape"])
+        entries[name] = Entry(path, info["dtype"], shape, start + first, last - first)
+    return entries
+
+
+def parse_json(path: Path, text: bytes):
+    """Parse JSON, refusing keys that occur twice.
+
+    Raises:
+      InputError: it is no JSON.
+    """
+
+    def unique(pairs: list[tuple]) -> dict:
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise InputError(f"{path}: key {reprlib.repr(twice)} occurs more than once")
+        return mapping
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON: {reprlib.repr(str(error))}") from error

@@ -1,0 +1,342 @@
+"""Write a ModelConfig as the configuration files of transformers and of DeepSeek."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from dsv4_jax.config import CSA, HASH, HCA, ModelConfig, check_choice
+from dsv4_jax.errors import InputError
+from dsv4_jax.hf_config import LARGEST, check_keys, check_value, naming_of
+from dsv4_jax.hf_keys import (
+    ATTENTION_NAMES,
+    DTYPES,
+    EXPERT_DTYPES,
+    INFERENCE,
+    INFERENCE_STORAGE,
+    MOE_NAMES,
+    OPTIONAL_FIELDS,
+    QUANTIZATION,
+    RATE_KEYS,
+    RELEASED_RATES,
+    ROOT,
+    TRANSFORMERS_FIXED,
+    YARN_KEYS,
+    Naming,
+)
+
+UNKNOWN = "unknown"
+RELEASED_TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
+NOTHING: Mapping = MappingProxyType({})
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+_FLOATS = {field.name for field in dataclasses.fields(ModelConfig) if field.type == "float"}
+_RELEASED = {RATE_KEYS[kind]: rate for kind, rate in RELEASED_RATES.items()}
+_WHOLE = {"rope_theta", "compress_rope_theta", *YARN_KEYS}  # released without a decimal point
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How a checkpoint's tensors are stored, as far as config.json says it.
+
+    Config.json may leave out `expert_dtype`, as the first release of V4-Flash, whose experts are
+    FP4, and conversions of it to FP8: experts are then "unknown". V4-Flash-Base calls its float32
+    scales "ue8m0", as they are powers of two. In both cases only the tensors tell.
+
+    Raises:
+      InputError: a value is not one of those below.
+    Source: the released configurations; fact sheet 1.4 and 10.3.
+    """
+
+    dtype: str = "bfloat16"  # of tensors that are not quantised: "bfloat16", "float16", "float32"
+    experts: str | None = None  # routed experts: "fp4", "fp8", "unknown"; None: not quantised
+    linears: str | None = None  # the other quantised matrices: "fp8"; None: not quantised
+    scales: str = "ue8m0"  # of FP8: "ue8m0" or "float32"; those of FP4 are always ue8m0
+
+    def __post_init__(self):
+        check_choice("Storage.dtype", self.dtype, DTYPES)
+        check_choice("Storage.experts", self.experts, (*EXPERT_DTYPES, UNKNOWN, None))
+        check_choice("Storage.linears", self.linears, ("fp8", None))
+        check_choice("Storage.scales", self.scales, ("ue8m0", "float32"))
+
+
+def transformers_config(
+    config: ModelConfig, storage: Storage, carried: Mapping = NOTHING
+) -> dict[str, object]:
+    """Return the config.json of transformers' `DeepseekV4Config`.
+
+    It says all of a ModelConfig but `hc_gate_init` and `hash_seed`, which only training from
+    scratch reads.
+
+    Args:
+      carried: a config.json whose keys that are no part of the model go along, as those of tokens.
+    Raises:
+      InputError: transformers has no words for this storage, or a number is too large.
+    Source: transformers 5.24 `DeepseekV4Config`, `FineGrainedFP8Config`.
+    """
+    if storage.experts == UNKNOWN:
+        raise _unsaid("Storage.experts", UNKNOWN, "fp4, fp8 or None", "look at the tensors")
+    attention_names = {kind: name for name, kind in ATTENTION_NAMES.items()}
+    moe_names = {kind: name for name, kind in MOE_NAMES.items()}
+    thetas = {key: _value(config, key) for key in ("rope_theta", "compress_rope_theta")}
+    fraction = {"partial_rotary_factor": _fraction(config.qk_rope_head_dim, config.head_dim)}
+    main = {"rope_type": "default", "rope_theta": thetas["rope_theta"], **fraction}
+    compress = main | {"rope_theta": thetas["compress_rope_theta"]}
+    if yarn := _yarn(config):
+        # Without an attention factor transformers scales attention by 0.1 ln(factor) + 1.
+        compress |= {"rope_type": "yarn", **yarn, "attention_factor": 1.0}
+    written = _root(config, carried) | {
+        **thetas,
+        **fraction,
+        "layer_types": [attention_names[kind] for kind in config.layer_types],
+        "mlp_layer_types": [moe_names[kind] for kind in config.moe_types],
+        "compress_rates": _rates(config),
+        "rope_parameters": {"main": main, "compress": compress},
+        "dtype": storage.dtype,
+    }
+    if quantization := _quantization(storage):
+        # Transformers reads the experts' dtype inside quantization_config, others beside it.
+        experts = {"expert_dtype": storage.experts}
+        written |= experts | {"quantization_config": quantization | experts}
+    return written
+
+
+def deepseek_config(
+    config: ModelConfig, storage: Storage, carried: Mapping = NOTHING
+) -> dict[str, object]:
+    """Return the config.json of DeepSeek's releases.
+
+    Ratios other than the released ones are added as transformers' `compress_rates`. Unknown
+    experts are left unsaid. There is no place for `hc_gate_init` and `hash_seed`, either.
+
+    Args:
+      carried: a config.json whose keys that are no part of the model go along, as those of tokens.
+    Raises:
+      InputError: the format cannot say this schedule or storage, or a number is too large.
+    Source: the released configurations.
+    """
+    yarn = _yarn(config)
+    written = _root(config, carried) | {
+        "num_hash_layers": _num_hash_layers(config, "num_hash_layers"),
+        "compress_ratios": _ratios(config),
+        "rope_theta": _value(config, "rope_theta"),
+        "rope_scaling": {"type": "yarn", **yarn} if yarn else None,
+        "compress_rope_theta": _value(config, "compress_rope_theta"),
+        "torch_dtype": storage.dtype,
+    }
+    if _rates(config) != _RELEASED:
+        written["compress_rates"] = _rates(config)
+    if quantization := _quantization(storage):
+        written["quantization_config"] = quantization
+        if storage.experts != UNKNOWN:
+            written["expert_dtype"] = storage.experts
+    return written
+
+
+def inference_config(config: ModelConfig, storage: Storage) -> dict[str, object]:
+    """Return the inference/config.json of DeepSeek's releases.
+
+    It has no place for `max_position_embeddings` and for what only training from scratch reads.
+    Epsilons and the number of prediction blocks are in it where they are not the released ones.
+
+    Raises:
+      InputError: the format cannot say this schedule or storage, or a number is too large.
+    Source: the released configurations; fact sheet 1.3.
+    """
+    if _rates(config) != _RELEASED:
+        raise _unsaid(
+            "ModelConfig.csa_ratio, hca_ratio", (config.csa_ratio, config.hca_ratio),
+            f"the {tuple(_RELEASED.values())} of inference/config.json",
+        )  # fmt: skip
+    if storage.dtype != "bfloat16":
+        raise _unsaid(
+            "Storage.dtype", storage.dtype, "the bfloat16 of inference/config.json", "store it so"
+        )
+    if storage.experts not in ("fp4", storage.linears):
+        raise _unsaid(
+            "Storage.experts", storage.experts,
+            f"fp4 or what linears are ({storage.linears}) for inference/config.json", "store it so",
+        )  # fmt: skip
+    written = {
+        key: _value(config, field)
+        for field, key in INFERENCE.fields.items()
+        if field not in OPTIONAL_FIELDS or getattr(config, field) != _DEFAULTS[field]
+    } | {
+        **_fixed(INFERENCE),
+        "n_layers": config.num_layers,
+        "n_hash_layers": _num_hash_layers(config, "n_hash_layers"),
+        "compress_ratios": _ratios(config),
+        "dtype": "bf16" if storage.linears is None else storage.linears,
+        "scale_fmt": "ue8m0",  # in any storage: keys and values are rounded by it, too
+    }
+    if storage.experts == "fp4":
+        written["expert_dtype"] = "fp4"
+    if storage.scales == "float32":
+        written["scale_dtype"] = "fp32"
+    return written
+
+
+def storage_of(config_json: Mapping) -> Storage | None:
+    """Read how tensors are stored from any config.json or inference/config.json.
+
+    Returns:
+      The storage, or None if no key is about it. What the keys leave out is as readers of the file
+      take it: bfloat16; without `scale_fmt` float32 scales; in inference/config.json FP8 with ue8m0
+      scales, and experts as the other matrices.
+    Raises:
+      InputError: a key or value is unknown or contradicts another; one line that names the key.
+    Source: transformers 5.24 `FineGrainedFP8Config`; fact sheet 1.1, 1.3 and 1.4.
+    """
+    naming = naming_of(config_json)
+    given = {key: value for key, value in config_json.items() if key in naming.storage}
+    if naming is INFERENCE:
+        return _inference_storage(given) if given else None
+    given = {key: value for key, value in given.items() if value is not None}
+    return _root_storage(given) if given else None
+
+
+# What is written
+
+
+def _root(config: ModelConfig, carried: Mapping) -> dict:
+    """Return what both kinds of config.json have in common."""
+    return {
+        **_fixed(ROOT),
+        **RELEASED_TOKENS,
+        **{key: copy.deepcopy(value) for key, value in carried.items() if key in ROOT.ignored},
+        **{key: _value(config, field) for field, key in ROOT.fields.items()},
+        "num_hidden_layers": config.num_layers,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+    }
+
+
+def _fixed(naming: Naming) -> dict:
+    """Return the keys whose value is the same in all models, as far as DeepSeek writes them."""
+    return {
+        key: copy.deepcopy(admitted[0])
+        for key, admitted in naming.fixed.items()
+        if key not in TRANSFORMERS_FIXED
+    }
+
+
+def _value(config: ModelConfig, field: str) -> int | float:
+    """Return a number in the type that readers expect: transformers takes no int for a float."""
+    value = getattr(config, field)
+    if value > LARGEST:
+        raise _unsaid(f"ModelConfig.{field}", value, f"at most {LARGEST}", "make it smaller")
+    if field in _FLOATS and not (field in _WHOLE and value == int(value)):
+        return float(value)
+    return int(value)
+
+
+def _yarn(config: ModelConfig) -> dict | None:
+    """Return YaRN's parameters, or None if the context is not extended and they are defaults."""
+    off = {field: _DEFAULTS[field] for field in YARN_KEYS} | {"yarn_factor": 1}
+    if all(getattr(config, field) == value for field, value in off.items()):
+        return None
+    return {key: _value(config, field) for field, key in YARN_KEYS.items()}
+
+
+def _fraction(width: int, head_dim: int) -> float:
+    """Return the fraction of a head for which readers' int(head_dim * fraction) is the width."""
+    fraction = width / head_dim
+    if int(head_dim * fraction) != width:  # the quotient was rounded down, as 1 / 49 is
+        fraction = math.nextafter(fraction, 1)
+    return fraction
+
+
+def _rates(config: ModelConfig) -> dict[str, int]:
+    return {key: config.ratio(kind) for kind, key in RATE_KEYS.items()}
+
+
+def _ratios(config: ModelConfig) -> list[int]:
+    """Return the ratio of each layer and of the prediction block, which is a window layer."""
+    csa, hca = config.csa_ratio, config.hca_ratio
+    if csa == hca or csa == RELEASED_RATES[HCA] or hca == RELEASED_RATES[CSA]:
+        raise _unsaid(
+            "ModelConfig.csa_ratio, hca_ratio", (csa, hca),
+            "ratios that tell the kinds apart (readers of compress_ratios take 4 for CSA and 128 "
+            "for HCA)",
+        )  # fmt: skip
+    ratios = [config.ratio(kind) for kind in config.layer_types]
+    return ratios + [0] * config.num_nextn_predict_layers
+
+
+def _num_hash_layers(config: ModelConfig, key: str) -> int:
+    count = config.moe_types.count(HASH)
+    if HASH in config.moe_types[count:]:
+        raise _unsaid(
+            "ModelConfig.moe_types", f"'hash' in layer {config.moe_types.index(HASH, count)}",
+            f"hash layers only in front, where {key} counts them",
+        )  # fmt: skip
+    return count
+
+
+def _quantization(storage: Storage) -> dict:
+    """Return quantization_config without the experts' dtype; empty if nothing is quantised."""
+    if (storage.experts is None) != (storage.linears is None):
+        raise _unsaid(
+            "Storage.experts", storage.experts,
+            f"quantised if linears are ({storage.linears}), and else not, for config.json",
+            "store both quantised or neither",
+        )  # fmt: skip
+    if storage.linears is None:
+        return {}
+    scales = {"scale_fmt": "ue8m0"} if storage.scales == "ue8m0" else {}  # as V3: none is float32
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        **scales,
+    }
+
+
+def _unsaid(
+    name: str, got, expected: str, advice: str = "write transformers' config.json, which says more"
+) -> InputError:
+    return InputError(f"{name}: expected {expected}, got {got}; {advice}")
+
+
+# What is read
+
+
+def _root_storage(given: Mapping) -> Storage:
+    dtype = _agreed(given, ("dtype", "torch_dtype"), DTYPES) or "bfloat16"
+    name = "quantization_config"
+    quantization = given.get(name, {})
+    check_keys(name, quantization, QUANTIZATION)
+    inner = {f"{name}.{key}": value for key, value in quantization.items()}
+    keys = ("expert_dtype", f"{name}.expert_dtype")
+    experts = _agreed(given | inner, keys, EXPERT_DTYPES)
+    if name not in given and experts is None:
+        return Storage(dtype=dtype)
+    for key, value in {"quant_method": None, **quantization}.items():
+        check_value(f"{name}.{key}", value, QUANTIZATION[key])
+    scales = "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else "float32"
+    return Storage(dtype=dtype, experts=experts or UNKNOWN, linears="fp8", scales=scales)
+
+
+def _inference_storage(given: Mapping) -> Storage:
+    for key, value in given.items():
+        check_value(key, value, INFERENCE_STORAGE[key])
+    linears = "fp8" if given.get("dtype", "fp8") == "fp8" else None
+    experts = given.get("expert_dtype") or linears
+    if experts not in ("fp4", linears):
+        raise InputError(f"expert_dtype: {experts!r} contradicts dtype {given['dtype']!r}")
+    scales = "float32" if given.get("scale_dtype") == "fp32" else "ue8m0"
+    return Storage(experts=experts, linears=linears, scales=scales)
+
+
+def _agreed(given: Mapping, keys: tuple[str, ...], admitted: tuple):
+    """Return the value of those keys that are given, refusing a contradiction; None without any."""
+    found = {key: given[key] for key in keys if key in given}
+    for key, value in found.items():
+        first = next(iter(found))
+        check_value(key, value, admitted)
+        if value != found[first]:
+            raise InputError(f"{key}: expected {first}'s {found[first]!r}, got {value!r}")
+    return next(iter(found.values()), None)
