@@ -183,6 +183,26 @@ def test_encoding_errs_by_half_a_step_at_most(form):
     assert np.all(error <= step / 2)
 
 
+@pytest.mark.parametrize("form", [FP8, FP4], ids=["fp8", "fp4"])
+def test_encoding_rounds_as_ml_dtypes_does(form):
+    """Random values, every code, every midpoint and their float32 neighbours."""
+    codes = E4M3_CODES if form is FP8 else np.arange(16, dtype=np.uint8)
+    grid = np.unique(codes.view(form.codes).astype(np.float32))
+    edges = np.concatenate([grid, (grid[1:] + grid[:-1]) / 2])
+    rng = np.random.default_rng(6)
+    values = np.concatenate([
+        edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf)),
+        rng.uniform(-form.largest, form.largest, 5000), rng.standard_normal(5000),
+    ]).astype(np.float32).clip(-form.largest, form.largest)
+    # One row of blocks, each with a largest code, so that its scale is 1.
+    width = form.block[1]
+    values = np.resize(values, (-(-values.size // (width - 1)), width - 1))
+    values = np.hstack([values, np.full((len(values), 1), form.largest, np.float32)]).reshape(1, -1)
+    block = encode(values, form)
+    assert np.all(block.scales == 127)
+    assert same(decode(block, FLOAT32), values.astype(form.codes).astype(np.float32))
+
+
 def test_nibbles_lie_low_column_first():
     assert pack(np.array([[1, 2, 15, 0]], np.uint8), FP4).tolist() == [[0x21, 0x0F]]
 

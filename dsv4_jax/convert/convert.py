@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaves_of, read_leaf
+from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaf_slice, leaves_of
 from dsv4_jax.convert.opening import PARAMS, open_checkpoint
 from dsv4_jax.convert.orbax_leaves import LeafPlan, write_leaves
 from dsv4_jax.convert.report import Report
@@ -22,7 +22,7 @@ from dsv4_jax.convert.save import (
     write_config,
 )
 from dsv4_jax.convert.shards import Item, Output, write_shards
-from dsv4_jax.convert.source import Source
+from dsv4_jax.convert.source import Source, about
 from dsv4_jax.convert.storage import PLAIN_DTYPES, check_dtype, target_storage
 from dsv4_jax.convert.tensor_files import checked_path
 from dsv4_jax.errors import InputError
@@ -144,15 +144,10 @@ def _leaf_plan(source: Source, leaf: Leaf, dtype: np.dtype | None, report: Repor
         block = source.read(tensor)
         if part.start == 0:  # else it was measured with its first rows
             report.measure(tensor, block)
-        return read_leaf(source, leaf, _one(index, leaf), dtype)[(0,) * len(index)]
+        with about(source.where(tensor)):
+            return leaf_slice(block, part, dtype)
 
     return LeafPlan(leaf.shape, dtype, leaf.stacked, read)
-
-
-def _one(index: tuple[int, ...], leaf: Leaf) -> tuple[slice, ...]:
-    """Return the slices of a leaf that hold one of its matrices."""
-    return (*(slice(i, i + 1) for i in index),
-            *(slice(0, size) for size in leaf.shape[len(index) :]))
 
 
 def _copy(path: Path, folder: Output, name: str) -> None:

@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.check import check_table
 from dsv4_jax.convert.source import Source, about
 from dsv4_jax.convert.storage import INT32
-from dsv4_jax.convert.table import INTEGER, Layout, Part, Tensor
-from dsv4_jax.model import param_shapes
-from dsv4_jax.quant import BFLOAT16, Block, decode
+from dsv4_jax.convert.table import INTEGER, Layout, Part, Tensor, weights_of
+from dsv4_jax.quant import BFLOAT16, Block, contiguous, copy, decode
 
 
 class Leaf(NamedTuple):
@@ -35,7 +33,7 @@ def leaves_of(config: ModelConfig, tensors: tuple[Tensor, ...]) -> list[Leaf]:
             parts.setdefault(part.path, []).append((tensor, part))
     return [
         Leaf(path, weight.value.shape, len(parts[path][0][1].index), parts[path])
-        for path, weight in flatten_dict(param_shapes(config), sep="/").items()
+        for path, weight in weights_of(config).items()
     ]
 
 
@@ -70,8 +68,25 @@ def read_leaf(
         with about(source.where(tensor)):
             if tensor.kind == INTEGER:
                 check_table(block.values, source.config)
-            out[place] = _to_leaf(block, part.layout, inner, dtype)
+            _copy(_to_leaf(block, part.layout, inner, dtype), out[place])
     return out
+
+
+def leaf_slice(block: Block, part: Part, dtype: np.dtype) -> np.ndarray:
+    """Return what a tensor that was read whole fills of a leaf.
+
+    Raises:
+      InputError: a value or scale is not finite, or does not fit the dtype.
+    """
+    values = decode(block, dtype)[part.start : part.start + part.layout.shape[0]]
+    return contiguous(part.layout.to_leaf(values))
+
+
+def _copy(values: np.ndarray, out: np.ndarray) -> None:
+    if values.ndim == 2:
+        copy(values, out)
+    else:
+        out[...] = values
 
 
 def sizes_of(index: tuple[slice, ...]) -> tuple[int, ...]:

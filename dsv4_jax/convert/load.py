@@ -21,8 +21,8 @@ from dsv4_jax.convert.opening import open_checkpoint
 from dsv4_jax.convert.quantized import Quantized, code_dtypes
 from dsv4_jax.convert.source import Source
 from dsv4_jax.convert.storage import PLAIN_DTYPES, stored_shapes
+from dsv4_jax.convert.table import weights_of
 from dsv4_jax.errors import InputError
-from dsv4_jax.model import param_shapes
 from dsv4_jax.sharding import shardings_of, spec_of
 
 
@@ -75,11 +75,10 @@ def _checked_dtype(dtype) -> np.dtype:
 
 
 def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
-    boxed = param_shapes(config)
-    if mesh is not None:
-        return flatten_dict(shardings_of(boxed, mesh), sep="/")
-    default = SingleDeviceSharding(jax.devices()[0])
-    return dict.fromkeys(flatten_dict(boxed, sep="/"), default)
+    weights = weights_of(config)
+    if mesh is None:
+        return dict.fromkeys(weights, SingleDeviceSharding(jax.devices()[0]))
+    return flatten_dict(shardings_of(unflatten_dict(weights, sep="/"), mesh), sep="/")
 
 
 def _load_leaf(source: Source, leaf: Leaf, dtype: np.dtype | None, sharding: Sharding) -> jax.Array:

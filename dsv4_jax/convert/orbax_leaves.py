@@ -22,7 +22,7 @@ from dsv4_jax.checkpoint import _explained
 from dsv4_jax.errors import InputError
 
 CHUNK_BYTES = 64 * 2**20  # at most; what restores a part of an array reads whole chunks
-IN_FLIGHT = 4  # slices that are written at once
+IN_FLIGHT_BYTES = 32 * 2**20  # of pieces of slices that are written at once, beside the next
 CACHED_CHUNKS = 4  # of a checkpoint that is read, counted in its largest chunks
 
 
@@ -102,18 +102,33 @@ class _SliceWriter(ocp.type_handlers.NumpyHandler):
 
 
 def _write_slices(store: ts.TensorStore, plan: LeafPlan) -> None:
-    writes = deque()
+    writes, pending = deque(), 0
     try:
-        for index in np.ndindex(plan.shape[: plan.slice_axes]):
-            if len(writes) == IN_FLIGHT:
-                writes.popleft().result()
-            values = _read(plan, index)
-            writes.append(store[index].write(values, can_reference_source_data_indefinitely=True))
+        for place, values in _pieces(store, plan):
+            while writes and pending + values.nbytes > IN_FLIGHT_BYTES:
+                write, nbytes = writes.popleft()
+                write.result()
+                pending -= nbytes
+            write = store[place].write(values, can_reference_source_data_indefinitely=True)
+            writes.append((write, values.nbytes))
+            pending += values.nbytes
         while writes:
-            writes.popleft().result()
+            writes.popleft()[0].result()
     finally:
-        for write in writes:  # after a failure: none may outlive the folder
+        for write, _ in writes:  # after a failure: none may outlive the folder
             write.exception()
+
+
+def _pieces(store: ts.TensorStore, plan: LeafPlan) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Yield rows of slices, as many as make whole chunks, and their places in the array."""
+    for index in np.ndindex(plan.shape[: plan.slice_axes]):
+        values = _read(plan, index)
+        if not values.ndim:
+            yield index, values
+            continue
+        rows = store.chunk_layout.write_chunk.shape[plan.slice_axes]
+        for start in range(0, len(values), rows):
+            yield (*index, slice(start, start + rows)), values[start : start + rows]
 
 
 def _read(plan: LeafPlan, index: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dsv4_jax.convert.names import (
 from dsv4_jax.convert.shards import Item, Output, write_shards
 from dsv4_jax.convert.source import Source, about
 from dsv4_jax.convert.storage import (
+    Storage,
     check_dtype,
     restore,
     stored_shapes,
@@ -126,9 +128,10 @@ def items_of(
       InputError: tensors that become one are stored differently.
     """
     naming = _naming(source, format, dtype)
+    stored = _Stored(source, dtype, seen)
     return [
         item for file in file_tensors(naming, source.tensors)
-        for item in _items(source, naming, file, dtype, seen)
+        for item in _items(stored, naming, file)
     ]  # fmt: skip
 
 
@@ -139,34 +142,44 @@ def _naming(source: Source, format: str, dtype: str | None) -> Naming:
     return HF_APART if target_storage(expert, source.storage(expert), dtype).form else HF
 
 
-def _items(
-    source: Source, naming: Naming, file: FileTensor, dtype: str | None, seen: Seen
-) -> Iterator[Item]:
+class _Stored:
+    """Tensors as they are to be written; the last one is kept, for its scales follow its values."""
+
+    def __init__(self, source: Source, dtype: str | None, seen: Seen):
+        self._source, self._dtype, self._seen = source, dtype, seen
+        self._last: tuple[Tensor, Block] | None = None
+
+    def target(self, tensor: Tensor) -> Storage:
+        return target_storage(tensor, self._source.storage(tensor), self._dtype)
+
+    def block(self, tensor: Tensor) -> Block:
+        if self._last is None or self._last[0] is not tensor:
+            self._last = None  # before the next is read: one at a time is in memory
+            before = self._source.read(tensor)
+            with about(self._source.where(tensor)):
+                self._last = tensor, restore(before, self.target(tensor))
+        return self._last[1]
+
+    def values(self, tensors: tuple[Tensor, ...]) -> Iterator[np.ndarray]:
+        for tensor in tensors:
+            self._seen(tensor, self.block(tensor))
+            yield self.block(tensor).values
+
+    def scales(self, tensors: tuple[Tensor, ...]) -> Iterator[np.ndarray]:
+        return (self.block(tensor).scales for tensor in tensors)
+
+
+def _items(stored: _Stored, naming: Naming, file: FileTensor) -> Iterator[Item]:
     """Yield a tensor to be written and, where it is quantised, its scales."""
-    targets = {target_storage(tensor, source.storage(tensor), dtype) for tensor in file.tensors}
+    targets = {stored.target(tensor) for tensor in file.tensors}
     if len(targets) > 1:
         raise InputError(
             f"{file.name}: expected its experts stored alike, got several ways; give a dtype"
         )
     (target,) = targets
-    shape = file.tensors[0].shape
-
-    def blocks(told: bool) -> Iterator[Block]:
-        for tensor in file.tensors:
-            before = source.read(tensor)
-            with about(source.where(tensor)):
-                after = restore(before, target)
-            if told:
-                seen(tensor, after)
-            yield after
-
-    def values() -> Iterator[np.ndarray]:
-        return (block.values for block in blocks(True))
-
-    def scales() -> Iterator[np.ndarray]:
-        return (block.scales for block in blocks(False))
-
     names = file.name, scale_name(file.name, naming.scale_suffix)
-    dtypes, shapes = written_dtypes(target), stored_shapes(shape, target.form)
-    for name, code, stored, pieces in zip(names, dtypes, shapes, (values, scales), strict=False):
-        yield Item(name, code, file.shape(stored), pieces)
+    dtypes, shapes = written_dtypes(target), stored_shapes(file.tensors[0].shape, target.form)
+    for name, dtype, shape, pieces in zip(
+        names, dtypes, shapes, (stored.values, stored.scales), strict=False
+    ):
+        yield Item(name, dtype, file.shape(shape), partial(pieces, file.tensors))

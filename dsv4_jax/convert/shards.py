@@ -14,6 +14,7 @@ import numpy as np
 from dsv4_jax.convert.tensor_files import INDEX, SINGLE, parse_json
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import explain_failed_write
+from dsv4_jax.quant import contiguous
 
 PLAN = "conversion.json"  # what an unfinished conversion is of
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I32": 4,
@@ -123,7 +124,7 @@ def _safetensors(items: list[Item]) -> Iterator:
     for item in items:
         written = 0
         for piece in item.pieces():
-            piece = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+            piece = contiguous(piece).reshape(-1).view(np.uint8)
             written += piece.nbytes
             yield piece
         assert written == item.nbytes, f"{item.name}: {written} of {item.nbytes} bytes"

@@ -237,10 +237,16 @@ GROUPS = (
 )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=2)
+def weights_of(config: ModelConfig) -> dict[str, Weight]:
+    """Return the declaration of every leaf of the parameters, by path; not to be changed."""
+    return flatten_dict(param_shapes(config), sep="/")
+
+
 @functools.lru_cache(maxsize=2)  # a second for a full-size model
 def tensors_of(config: ModelConfig) -> tuple[Tensor, ...]:
     """Return every tensor of a model in the order of the released checkpoints."""
-    leaves = flatten_dict(param_shapes(config), sep="/")
+    leaves = weights_of(config)
     prelude, _ = factor_schedule(config)
     found = _block(OUTER[:1], "", "", "", (), leaves)
     for layer, kinds in enumerate(zip(config.layer_types, config.moe_types, strict=True)):
