@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from dsv4_jax.config import CSA, HASH, HCA, ModelConfig, check_choice
+from dsv4_jax.config import HASH, ModelConfig, check_choice
 from dsv4_jax.errors import InputError
 from dsv4_jax.hf_config import LARGEST, check_keys, check_value, naming_of
 from dsv4_jax.hf_keys import (
@@ -35,7 +35,9 @@ NOTHING: Mapping = MappingProxyType({})
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _FLOATS = {field.name for field in dataclasses.fields(ModelConfig) if field.type == "float"}
 _RELEASED = {RATE_KEYS[kind]: rate for kind, rate in RELEASED_RATES.items()}
-_WHOLE = {"rope_theta", "compress_rope_theta", *YARN_KEYS}  # released without a decimal point
+# Released without a decimal point, written with one by transformers. Both are kept as they came:
+# the type of a base changes the last bit of PyTorch's powers of it.
+_EITHER = {"rope_theta", "compress_rope_theta", *YARN_KEYS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,6 @@ def transformers_config(
     """
     if storage.experts == UNKNOWN:
         raise _unsaid("Storage.experts", UNKNOWN, "fp4, fp8 or None", "look at the tensors")
-    attention_names = {kind: name for name, kind in ATTENTION_NAMES.items()}
     moe_names = {kind: name for name, kind in MOE_NAMES.items()}
     thetas = {key: _value(config, key) for key in ("rope_theta", "compress_rope_theta")}
     fraction = {"partial_rotary_factor": _fraction(config.qk_rope_head_dim, config.head_dim)}
@@ -91,9 +92,8 @@ def transformers_config(
     written = _root(config, carried) | {
         **thetas,
         **fraction,
-        "layer_types": [attention_names[kind] for kind in config.layer_types],
+        **_named_schedule(config),
         "mlp_layer_types": [moe_names[kind] for kind in config.moe_types],
-        "compress_rates": _rates(config),
         "rope_parameters": {"main": main, "compress": compress},
         "dtype": storage.dtype,
     }
@@ -109,8 +109,9 @@ def deepseek_config(
 ) -> dict[str, object]:
     """Return the config.json of DeepSeek's releases.
 
-    Ratios other than the released ones are added as transformers' `compress_rates`. Unknown
-    experts are left unsaid. There is no place for `hc_gate_init` and `hash_seed`, either.
+    Where ratios are not the released ones, which `compress_ratios` stands for to its readers, the
+    schedule is said by transformers' `layer_types` and `compress_rates`. Unknown experts are left
+    unsaid. There is no place for `hc_gate_init` and `hash_seed`, either.
 
     Args:
       carried: a config.json whose keys that are no part of the model go along, as those of tokens.
@@ -121,14 +122,12 @@ def deepseek_config(
     yarn = _yarn(config)
     written = _root(config, carried) | {
         "num_hash_layers": _num_hash_layers(config, "num_hash_layers"),
-        "compress_ratios": _ratios(config),
+        **_attention_schedule(config),
         "rope_theta": _value(config, "rope_theta"),
         "rope_scaling": {"type": "yarn", **yarn} if yarn else None,
         "compress_rope_theta": _value(config, "compress_rope_theta"),
         "torch_dtype": storage.dtype,
     }
-    if _rates(config) != _RELEASED:
-        written["compress_rates"] = _rates(config)
     if quantization := _quantization(storage):
         written["quantization_config"] = quantization
         if storage.experts != UNKNOWN:
@@ -227,9 +226,7 @@ def _value(config: ModelConfig, field: str) -> int | float:
     value = getattr(config, field)
     if value > LARGEST:
         raise _unsaid(f"ModelConfig.{field}", value, f"at most {LARGEST}", "make it smaller")
-    if field in _FLOATS and not (field in _WHOLE and value == int(value)):
-        return float(value)
-    return int(value)
+    return float(value) if field in _FLOATS - _EITHER else value
 
 
 def _yarn(config: ModelConfig) -> dict | None:
@@ -252,15 +249,24 @@ def _rates(config: ModelConfig) -> dict[str, int]:
     return {key: config.ratio(kind) for kind, key in RATE_KEYS.items()}
 
 
+def _named_schedule(config: ModelConfig) -> dict:
+    """Return the attention of each layer as transformers says it."""
+    names = {kind: name for name, kind in ATTENTION_NAMES.items()}
+    return {
+        "layer_types": [names[kind] for kind in config.layer_types],
+        "compress_rates": _rates(config),
+    }
+
+
+def _attention_schedule(config: ModelConfig) -> dict:
+    """Return the attention of each layer by ratio, if ratios tell the kinds, else by name."""
+    if _rates(config) == _RELEASED:
+        return {"compress_ratios": _ratios(config)}
+    return _named_schedule(config)
+
+
 def _ratios(config: ModelConfig) -> list[int]:
     """Return the ratio of each layer and of the prediction block, which is a window layer."""
-    csa, hca = config.csa_ratio, config.hca_ratio
-    if csa == hca or csa == RELEASED_RATES[HCA] or hca == RELEASED_RATES[CSA]:
-        raise _unsaid(
-            "ModelConfig.csa_ratio, hca_ratio", (csa, hca),
-            "ratios that tell the kinds apart (readers of compress_ratios take 4 for CSA and 128 "
-            "for HCA)",
-        )  # fmt: skip
     ratios = [config.ratio(kind) for kind in config.layer_types]
     return ratios + [0] * config.num_nextn_predict_layers
 

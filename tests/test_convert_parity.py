@@ -59,6 +59,10 @@ def from_transformers(folder: Path, dtype: torch.dtype = torch.float32, **option
         experts_implementation="eager", **options,
     )
     assert not any(report.values()), report
+    with torch.no_grad():
+        # PyTorch's products round differently where memory is not aligned, as in mapped files.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return model.eval()
 
 
@@ -158,9 +162,10 @@ def test_there_and_back(name, dtype, naming, tmp_path):
     }
     assert_same_tensors(read_files(tmp_path / "deepseek"), expected)
     tokens = tokens_for(config)
+    expected = logits_of(from_transformers(tmp_path / "theirs", dtype), tokens)
     for folder in ("hf", "deepseek"):
-        model = from_transformers(tmp_path / folder, dtype)
-        assert np.array_equal(logits_of(model, tokens), logits_of(oracle.model, tokens))
+        found = logits_of(from_transformers(tmp_path / folder, dtype), tokens)
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", CASES)

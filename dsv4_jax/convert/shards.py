@@ -119,7 +119,7 @@ def _safetensors(items: list[Item]) -> Iterator:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % 64)  # mapped tensors then start where kernels like them
     yield len(text).to_bytes(8, "little") + text
     for item in items:
         written = 0
