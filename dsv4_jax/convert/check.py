@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from dsv4_jax.convert.names import SCALE_SUFFIXES, FileTensor, scale_name
 from dsv4_jax.convert.storage import FP4_CODES, FP8_CODES, form_of, stored_shapes
 from dsv4_jax.convert.table import EXPERT, INTEGER, LINEAR
 from dsv4_jax.convert.tensor_files import Entry, raise_all
-from dsv4_jax.errors import InputError
+from dsv4_jax.errors import InputError, shown
 from dsv4_jax.quant import FP4, Format
 
 FLOATS = ("BF16", "F16", "F32")
@@ -56,7 +55,7 @@ def check_entries(
             continue
         scales[file.name] = entries[found[0]]
         problems += _check_scales(found[0], scales[file.name], form, file)
-    problems += [f"tensor {reprlib.repr(name)}: unexpected" for name in entries if name not in used]
+    problems += [f"tensor {shown(name)}: unexpected" for name in entries if name not in used]
     raise_all(folder, problems)
     return scales
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsv4_jax.convert.table import MTP_PREFIX, Tensor
-from dsv4_jax.errors import InputError
+from dsv4_jax.errors import InputError, shown
 
 
 class Place(NamedTuple):
@@ -139,8 +139,9 @@ def naming_of(names: Collection[str], tensors: Iterable[Tensor]) -> Naming:
     }
     best = max(NAMINGS, key=hits.get)
     if not hits[best]:
+        found = ", ".join(map(shown, sorted(names)[:3]))
         raise InputError(
             "expected tensors of DeepSeek-V4, such as 'layers.0.attn.wq_a.weight' or "
-            f"'model.layers.0.self_attn.q_a_proj.weight', got {sorted(names)[:3]} and so on"
+            f"'model.layers.0.self_attn.q_a_proj.weight', got {found or 'none'}"
         )
     return best

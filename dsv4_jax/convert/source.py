@@ -16,7 +16,7 @@ from dsv4_jax.convert.names import ORIGINAL, Naming, file_tensors, naming_of
 from dsv4_jax.convert.storage import VIEWED, Storage, form_of
 from dsv4_jax.convert.table import INTEGER, Part, Tensor, tensors_of
 from dsv4_jax.convert.tensor_files import open_tensors
-from dsv4_jax.errors import InputError
+from dsv4_jax.errors import InputError, shown
 from dsv4_jax.quant import Block, check_block
 
 DRAFT_HEADS = ("main_proj", "markov_head", "confidence_head")  # of DSpark checkpoints
@@ -143,11 +143,11 @@ class FileSource:
 
 
 def _refuse_draft_heads(folder: Path, names: set[str]) -> None:
-    marks = [mark for mark in DRAFT_HEADS if any(mark in name for name in names)]
-    if marks:
+    found = sorted(name for name in names if any(mark in name for mark in DRAFT_HEADS))
+    if found:
         raise InputError(
-            f"{folder}: mtp.*: expected DeepSeek-V4's multi-token prediction block, got a DSpark "
-            f"draft head ({', '.join(marks)}); leave it out by skip_mtp (--skip_mtp)"
+            f"{folder}: tensor {shown(found[0])}: expected DeepSeek-V4's multi-token prediction "
+            "block under mtp.*, got a DSpark draft head; leave it out by skip_mtp (--skip_mtp)"
         )
 
 

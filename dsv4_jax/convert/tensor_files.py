@@ -11,7 +11,6 @@ import collections
 import json
 import mmap
 import os
-import reprlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 import safetensors
 
 from dsv4_jax.convert.storage import VIEWED
-from dsv4_jax.errors import InputError
+from dsv4_jax.errors import InputError, shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
@@ -63,9 +62,9 @@ class CheckpointError(InputError):
     """Several things are wrong with one checkpoint; the message shows the first of `problems`."""
 
     def __init__(self, where: Path, problems: list[str]):
-        shown = "; ".join(problems[:SHOWN])
+        first = "; ".join(problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        super().__init__(f"{where}: {len(problems)} wrong: {shown}{more}")
+        super().__init__(f"{where}: {len(problems)} wrong: {first}{more}")
         self.problems = tuple(problems)
 
 
@@ -120,13 +119,13 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
     for name, shard in shards.items():
         if not isinstance(shard, str):
             raise InputError(
-                f"{index}: tensor {reprlib.repr(name)}: expected a shard's file name, got "
-                f"{reprlib.repr(shard)}"
+                f"{index}: tensor {shown(name)}: expected a shard's file name, got "
+                f"{shown(shard)}"
             )
     metadata = document.get("metadata") or {}
     total = metadata.get("total_size") if isinstance(metadata, dict) else metadata
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 0):
-        raise InputError(f"{index}: total_size: expected bytes, got {reprlib.repr(total)}")
+        raise InputError(f"{index}: total_size: expected bytes, got {shown(total)}")
     return shards, total
 
 
@@ -135,7 +134,7 @@ def _open_indexed(folder: Path, shards: dict[str, str], total: int | None) -> di
     for shard in sorted(set(shards.values())):
         try:
             if not shard.endswith(".safetensors"):
-                raise InputError(f"{reprlib.repr(shard)}: expected a .safetensors file")
+                raise InputError(f"{shown(shard)}: expected a .safetensors file")
             paths[shard] = checked_path(folder, shard)
         except InputError as error:
             problems.append(str(error))
@@ -150,14 +149,14 @@ def _open_indexed(folder: Path, shards: dict[str, str], total: int | None) -> di
     for shard, path in paths.items():
         for name, entry in read_header(path).items():
             if shards.get(name) != shard:
-                claimed = reprlib.repr(shards[name]) if name in shards else "no shard"
+                claimed = shown(shards[name]) if name in shards else "no shard"
                 problems.append(
-                    f"tensor {reprlib.repr(name)}: expected in {claimed}, as {INDEX} says, "
+                    f"tensor {shown(name)}: expected in {claimed}, as {INDEX} says, "
                     f"got it in {shard}"
                 )
             entries[name] = entry
     problems += [
-        f"tensor {reprlib.repr(name)}: expected in {reprlib.repr(shard)}, as {INDEX} says, got none"
+        f"tensor {shown(name)}: expected in {shown(shard)}, as {INDEX} says, got none"
         for name, shard in shards.items()
         if name not in entries
     ]
@@ -180,22 +179,22 @@ def checked_path(folder: Path, name: str) -> Path:
     Raises:
       InputError: it is no plain name of a file in the folder.
     """
-    shown = reprlib.repr(name)
+    quoted = shown(name)
     if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or "\\" in name:
-        raise InputError(f"{shown}: expected the name of a file in {folder}, got a path or no name")
+        raise InputError(f"{quoted}: expected the name of a file in {folder}, got no such name")
     path = folder / name
     try:
         target = path.resolve(strict=True)
         is_file = target.is_file()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{shown}: expected a file in {folder}, got none; copy it") from error
+    except (OSError, RuntimeError, ValueError) as error:  # also no path at all, or a loop
+        raise InputError(f"{quoted}: expected a file in {folder}, got none; copy it") from error
     if not is_file:
-        raise InputError(f"{shown}: expected a file in {folder}, got something else; copy it")
+        raise InputError(f"{quoted}: expected a file in {folder}, got something else; copy it")
     home = folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if target.parent not in (home, blobs):
         raise InputError(
-            f"{shown}: expected a file in {folder}, got a link out of it; replace it by the file"
+            f"{quoted}: expected a file in {folder}, got a link out of it; replace it by the file"
         )
     return path
 
@@ -249,7 +248,7 @@ def parse_json(path: Path, text: bytes):
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
             twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise InputError(f"{path}: key {reprlib.repr(twice)} occurs more than once")
+            raise InputError(f"{path}: key {shown(twice)} occurs more than once")
         return mapping
 
     try:
@@ -257,4 +256,4 @@ def parse_json(path: Path, text: bytes):
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON: {reprlib.repr(str(error))}") from error
+        raise InputError(f"{path}: expected JSON: {shown(str(error))}") from error
