@@ -37,7 +37,7 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._config, self._writing = config, False
-        with _explained(f"cannot open {folder}", "mend the folder or choose another --workdir"):
+        with explained(f"cannot open {folder}", "mend the folder or choose another --workdir"):
             self._manager = ocp.CheckpointManager(folder, options=options)
             self.latest_step: int | None = self._manager.latest_step()  # of a complete checkpoint
         if self.latest_step is not None:
@@ -105,7 +105,7 @@ class Checkpoints:
             self._manager.close()
 
     def _explain_failed_save(self) -> contextlib.AbstractContextManager[None]:
-        return _explained(
+        return explained(
             f"cannot write a checkpoint to {self._manager.directory}",
             "make room or mend the disk, and start again: the run goes on from the checkpoint "
             "before",
@@ -117,12 +117,12 @@ class Checkpoints:
             "move that folder away to go on from the checkpoint before, if there is one; if the "
             "code has changed since, choose another --workdir"
         )
-        with _explained(f"cannot read the checkpoint {where}", remedy):
+        with explained(f"cannot read the checkpoint {where}", remedy):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
 @contextlib.contextmanager
-def _explained(failure: str, remedy: str) -> Iterator[None]:
+def explained(failure: str, remedy: str) -> Iterator[None]:
     """Turn what Orbax and TensorStore raise of disks and damaged files into an InputError.
 
     They raise OSError, ValueError, JSONDecodeError (a ValueError) and Exception itself.

@@ -125,19 +125,20 @@ def test_requantising_gives_equal_values_and_kept_bytes_stay(released, tmp_path)
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 4, 1, 1), (1, 1, 1, 2)])
 def test_shards_hold_what_the_whole_holds(released, sizes, keep, monkeypatch):
-    """Each device's part is read alone: bytes read are those of the parts, scales aside."""
+    """Each device's part is read alone, and equal parts once."""
     _, whole = load_pretrained(released, keep_quantized=keep)
     mesh, read = make_mesh(sizes), []
-    original = FileSource.read_part
 
-    def counted(self, tensor, part, index):
-        block = original(self, tensor, part, index)
-        stored = np.prod([s.stop - s.start for s in index], dtype=int) * block.values.itemsize
-        packed = 1 if block.form is None else block.form.per_byte
-        read.append((block.values.nbytes, stored // packed))
-        return block
+    def counted(original):
+        def reads(self, tensor, *args):
+            block = original(self, tensor, *args)
+            read.append((tensor.name, block.values.nbytes))
+            return block
 
-    monkeypatch.setattr(FileSource, "read_part", counted)
+        return reads
+
+    for name in ("read_part", "read_stored"):
+        monkeypatch.setattr(FileSource, name, counted(getattr(FileSource, name)))
     _, sharded = load_pretrained(released, mesh=mesh, keep_quantized=keep)
     flat = flatten_dict(sharded, sep="/")
     for path, leaf in flatten_dict(whole, sep="/").items():
@@ -145,7 +146,14 @@ def test_shards_hold_what_the_whole_holds(released, sizes, keep, monkeypatch):
         for ours, theirs in pairs:
             assert ours.sharding.mesh.axis_names == MESH_AXES
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=path)
-    assert all(got == wanted for got, wanted in read)
+    # All devices are of this process: together they hold, and so read, everything exactly once.
+    entries = open_tensors(released)
+    stored = {name: entry.nbytes for name, entry in entries.items() if not name.endswith(".scale")}
+    assert sum(nbytes for _, nbytes in read) == sum(stored.values())
+    split = [nbytes for name, nbytes in read if name == "layers.0.ffn.experts.0.w1.weight"]
+    assert len(set(split) - {0}) == 1 and max(split) * sizes[1] * sizes[3] == stored[
+        "layers.0.ffn.experts.0.w1.weight"
+    ]
     experts = jax.tree.leaves(flat["layers_0/moe/experts/w_gate"])[0]
     held = experts.addressable_shards[0].data.size
     assert held * sizes[1] * sizes[2] * sizes[3] == experts.size

@@ -19,7 +19,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaves_of, parts_in, read_leaf, sizes_of
 from dsv4_jax.convert.opening import open_checkpoint
 from dsv4_jax.convert.quantized import Quantized, code_dtypes
-from dsv4_jax.convert.source import Source
+from dsv4_jax.convert.source import FileSource, Source
 from dsv4_jax.convert.storage import PLAIN_DTYPES, stored_shapes
 from dsv4_jax.convert.table import weights_of
 from dsv4_jax.errors import InputError
@@ -96,28 +96,32 @@ def _is_quantized(source: Source, leaf: Leaf) -> bool:
     return next(iter(stored)).form is not None
 
 
-def _load_quantized(source: Source, leaf: Leaf, _, sharding: Sharding) -> Quantized:
+def _load_quantized(source: FileSource, leaf: Leaf, _, sharding: Sharding) -> Quantized:
     """Fill the codes and scales of a leaf, which keep the checkpoint's axes."""
     tensor, part = leaf.parts[0]
     storage = source.storage(tensor)
+    dtypes = code_dtypes(storage.form, storage.scales)
     stack = leaf.shape[: leaf.stacked]
 
-    def read(index: tuple[slice, ...], which: int, dtype: np.dtype) -> np.ndarray:
-        out = np.empty(sizes_of(index), dtype)
+    def read_codes(index: tuple[slice, ...]) -> np.ndarray:
+        out = np.empty(sizes_of(index), np.uint8)
         for place, tensor, _ in parts_in(leaf, index):
-            block = source.read(tensor)
-            values = (block.values, block.scales)[which][index[leaf.stacked :]]
-            out[place] = np.ascontiguousarray(values).view(dtype)
-        return out
+            out[place] = source.read_stored(tensor, index[leaf.stacked :]).values
+        return out.view(dtypes[0])
+
+    def read_scales(index: tuple[slice, ...]) -> np.ndarray:
+        out = np.empty(sizes_of(index), storage.scales)
+        for place, tensor, _ in parts_in(leaf, index):
+            nothing = (slice(0, 0), slice(0, 0))
+            scales = source.read_stored(tensor, nothing).scales
+            out[place] = scales[index[leaf.stacked :]]
+        return out.view(dtypes[1])
 
     arrays = []
-    dtypes = code_dtypes(storage.form, storage.scales)
-    for which, shape in enumerate(stored_shapes(tensor.shape, storage.form)):
-        shape = (*stack, *shape)
-        placed = _stored_sharding(sharding, leaf, shape)
-        arrays.append(
-            _assemble(shape, placed, partial(read, which=which, dtype=dtypes[which]))
-        )
+    shapes = stored_shapes(tensor.shape, storage.form)
+    for shape, read in zip(shapes, (read_codes, read_scales), strict=True):
+        placed = _stored_sharding(sharding, leaf, (*stack, *shape))
+        arrays.append(_assemble((*stack, *shape), placed, read))
     return Quantized(*arrays, storage.form, part.layout)
 
 

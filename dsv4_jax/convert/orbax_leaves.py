@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
-from dsv4_jax.checkpoint import _explained
+from dsv4_jax.checkpoint import explained
 from dsv4_jax.errors import InputError
 
 CHUNK_BYTES = 64 * 2**20  # at most; what restores a part of an array reads whole chunks
@@ -62,7 +62,7 @@ def write_leaves(folder: Path, leaves: Mapping[str, LeafPlan]) -> None:
     with ocp.Checkpointer(handler) as checkpointer:
         unfinished = checkpointer.get_temporary_path(folder).get()
         try:
-            with _explained(f"cannot write {folder}", "make room or choose another folder"):
+            with explained(f"cannot write {folder}", "make room or choose another folder"):
                 checkpointer.save(folder, args=tree)
         except _ReadError as error:
             raise error.reason from error.reason.__cause__
@@ -218,7 +218,7 @@ def open_leaves(folder: Path) -> dict[str, StoredLeaf]:
 @contextlib.contextmanager
 def _explain_failed_read(what: str) -> Iterator[None]:
     """Turn what Orbax and TensorStore raise of damaged files into an InputError."""
-    with _explained(f"cannot read {what}", "expected a whole Orbax checkpoint: copy it again"):
+    with explained(f"cannot read {what}", "expected a whole Orbax checkpoint: copy it again"):
         try:
             yield
         except (AttributeError, LookupError, TypeError) as error:  # of JSON that it does not expect

@@ -121,12 +121,20 @@ class FileSource:
         block = self._block(tensor)
         if block.form is not None:
             picks[1] = np.unique(picks[1] // block.form.per_byte)  # whole bytes
-        chosen = tuple(map(_as_slice, picks))
-        contiguous = all(isinstance(pick, slice) for pick in chosen)
-        values = block.values[chosen if contiguous else np.ix_(*picks)]
-        if block.form is None:
-            return Block(values)
-        return dataclasses.replace(block, values=values, rows=chosen[0], columns=chosen[1])
+        return _pick(block, picks)
+
+    def read_stored(self, tensor: Tensor, index: tuple[slice, slice]) -> Block:
+        """Return some rows and columns of a quantised tensor's codes, with all scales, checked.
+
+        Raises:
+          InputError: a scale is not finite, or a value of these.
+        """
+        block = self._block(tensor)
+        sizes = zip(block.values.shape, index, strict=True)
+        block = _pick(block, [np.arange(size)[part] for size, part in sizes])
+        with about(self.where(tensor)):
+            check_block(block)
+        return block
 
     def where(self, tensor: Tensor) -> str:
         """Return the file and name of a tensor, for messages."""
@@ -149,6 +157,16 @@ def _refuse_draft_heads(folder: Path, names: set[str]) -> None:
             f"{folder}: tensor {shown(found[0])}: expected DeepSeek-V4's multi-token prediction "
             "block under mtp.*, got a DSpark draft head; leave it out by skip_mtp (--skip_mtp)"
         )
+
+
+def _pick(block: Block, picks: list[np.ndarray]) -> Block:
+    """Return the values of a block at indices on each axis."""
+    chosen = tuple(map(_as_slice, picks))
+    contiguous = all(isinstance(pick, slice) for pick in chosen)
+    values = block.values[chosen if contiguous else np.ix_(*picks)]
+    if block.form is None:
+        return Block(values)
+    return dataclasses.replace(block, values=values, rows=chosen[0], columns=chosen[1])
 
 
 def _as_slice(pick: np.ndarray) -> slice | np.ndarray:
