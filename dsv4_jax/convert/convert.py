@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaf_slice, leaves_of
+from dsv4_jax.convert.leaves import Leaf, leaf_slice, leaves_of
 from dsv4_jax.convert.opening import PARAMS, open_checkpoint
 from dsv4_jax.convert.orbax_leaves import LeafPlan, write_leaves
 from dsv4_jax.convert.report import Report
@@ -23,11 +24,13 @@ from dsv4_jax.convert.save import (
 )
 from dsv4_jax.convert.shards import Item, Output, write_shards
 from dsv4_jax.convert.source import Source, about
-from dsv4_jax.convert.storage import PLAIN_DTYPES, check_dtype, target_storage
+from dsv4_jax.convert.storage import INT32, PLAIN_DTYPES, Storage, check_dtype, target_storage
+from dsv4_jax.convert.table import INTEGER, Tensor
 from dsv4_jax.convert.tensor_files import checked_path
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import explain_failed_write
 from dsv4_jax.log import say
+from dsv4_jax.quant import BFLOAT16
 
 ORBAX = "orbax"
 FORMATS = (HF_FORMAT, DEEPSEEK, ORBAX)
@@ -66,7 +69,7 @@ def convert(
     report = Report()
     for tensor in opened.source.tensors:
         stored = opened.source.storage(tensor)
-        report.count(tensor, stored if dry_run else target_storage(tensor, stored, dtype))
+        report.count(tensor, stored if dry_run else _written(tensor, stored, to, dtype))
     if dry_run:
         return report
     plan = {
@@ -99,6 +102,14 @@ def _check_arguments(to: str, dtype: str | None, max_shard_bytes: int) -> None:
         raise InputError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
 
 
+def _written(tensor: Tensor, stored: Storage, to: str, dtype: str | None) -> Storage:
+    """Return how a tensor is written: Orbax's files have neither quantised weights nor int64."""
+    target = target_storage(tensor, stored, dtype)
+    if to != ORBAX:
+        return target
+    return Storage(BFLOAT16 if target.form else INT32 if tensor.kind == INTEGER else target.dtype)
+
+
 def _describe_files(folder: Path) -> list:
     """Return what tells whether a folder is still the same: names, sizes and times of its files."""
     found = []
@@ -125,9 +136,8 @@ def _progress() -> Callable[[str, list[Item], bool], None]:
 
 def _write_orbax(folder: Output, source: Source, dtype: str | None, report: Report) -> None:
     """Write parameters as `Transformer` has them, stacked leaves slice by slice."""
-    wanted = None if dtype is None else PLAIN_DTYPES[dtype]
     plans = {
-        leaf.path: _leaf_plan(source, leaf, wanted, report)
+        leaf.path: _leaf_plan(source, leaf, dtype, report)
         for leaf in leaves_of(source.config, source.tensors)
     }
     with explain_failed_write(folder.folder, "output"):
@@ -135,9 +145,10 @@ def _write_orbax(folder: Output, source: Source, dtype: str | None, report: Repo
     write_leaves(folder.folder / PARAMS, plans)
 
 
-def _leaf_plan(source: Source, leaf: Leaf, dtype: np.dtype | None, report: Report) -> LeafPlan:
+def _leaf_plan(source: Source, leaf: Leaf, dtype: str | None, report: Report) -> LeafPlan:
     parts = {part.index: (tensor, part) for tensor, part in leaf.parts}
-    dtype = leaf_dtype(source, leaf, dtype)
+    written = {_written(tensor, source.storage(tensor), ORBAX, dtype) for tensor, _ in leaf.parts}
+    dtype = np.dtype(jnp.result_type(*(storage.dtype for storage in written)))
 
     def read(index: tuple[int, ...]) -> np.ndarray:
         tensor, part = parts[index]

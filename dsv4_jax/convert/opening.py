@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaf_source import LeafSource
-from dsv4_jax.convert.orbax_leaves import open_leaves
+from dsv4_jax.convert.orbax_leaves import StoredLeaf, open_leaves
 from dsv4_jax.convert.source import FileSource, Source, about
 from dsv4_jax.convert.table import EXPERT
 from dsv4_jax.convert.tensor_files import checked_path, parse_json
@@ -36,13 +37,12 @@ def open_checkpoint(folder: Path, *, skip_mtp: bool = False) -> Opened:
         the configuration.
     """
     if (folder / CHECKPOINTS).is_dir():
-        return _open_workdir(folder)
+        return _open_workdir(folder, skip_mtp)
     path = checked_path(folder, CONFIG)
     document = parse_json(path, path.read_bytes())
     config = ModelConfig.from_hf(folder)
     if (folder / PARAMS).is_dir():
-        leaves = open_leaves(folder / PARAMS)
-        source = LeafSource(config, leaves, str(folder / PARAMS))
+        source = _leaf_source(config, open_leaves(folder / PARAMS), folder / PARAMS, skip_mtp)
         return Opened(source, "parameters saved by Orbax", document)
     source = FileSource(folder, config, skip_mtp=skip_mtp)
     with about(str(path)):
@@ -63,7 +63,16 @@ def _check_declared(document: dict, source: Source) -> None:
         )
 
 
-def _open_workdir(folder: Path) -> Opened:
+def _leaf_source(
+    config: ModelConfig, leaves: dict[str, StoredLeaf], where: Path, skip_mtp: bool
+) -> LeafSource:
+    if skip_mtp:
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("mtp/")}
+    return LeafSource(config, leaves, str(where))
+
+
+def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
     """Open the newest checkpoint of a training; the optimizer's state is left out."""
     path = checked_path(folder, CONFIG)
     config = RunConfig.from_config_dict(parse_json(path, path.read_bytes())).model
@@ -76,5 +85,5 @@ def _open_workdir(folder: Path) -> Opened:
         path.removeprefix(prefix): leaf
         for path, leaf in open_leaves(state).items() if path.startswith(prefix)
     }
-    source = LeafSource(config, leaves, str(state))
+    source = _leaf_source(config, leaves, state, skip_mtp)
     return Opened(source, f"training checkpoint of step {max(steps)}", {})

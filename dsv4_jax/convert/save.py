@@ -70,10 +70,13 @@ def save_pretrained(
     check_format(format, dtype)
     source = LeafSource(config, flatten_dict(params, sep="/"), "params")
     output = Output(Path(path))
-    items = items_of(source, format, dtype)
-    write_shards(output, items, max_shard_bytes=max_shard_bytes)
-    write_config(output, source, format, dtype, {})
-    output.finish()
+    try:
+        write_shards(output, items_of(source, format, dtype), max_shard_bytes=max_shard_bytes)
+        write_config(output, source, format, dtype, {})
+        output.finish()
+    except BaseException:
+        output.discard()
+        raise
 
 
 def check_format(format: str, dtype: str | None) -> None:

@@ -97,6 +97,10 @@ class Output:
             os.fsync(file.fileno())
         os.replace(writing, self.folder / name)
 
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self) -> None:
         """Give the folder its name."""
         with explain_failed_write(self.path, "output"):
