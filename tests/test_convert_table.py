@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import collections
+import json
 import math
 import re
+import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from test_hf_parity import FLASH_LIKE
 
 from dsv4_jax import ModelConfig, param_shapes
+from dsv4_jax.convert.convert import convert
 from dsv4_jax.convert.names import (
     HF,
     HF_APART,
@@ -33,6 +37,7 @@ DATA = Path(__file__).parent / "data"
 # Tensors and bytes of the instruct checkpoints, headers aside. Source: fact sheet 10.2.
 PUBLISHED = {"flash": (69_187, 159_609_485_896), "pro": (145_116, 864_704_792_696)}
 FLASH_WITHOUT_MTP = 67_612
+SHARD_BYTES = 14 * 10**9
 FLASH_STORED_ELEMENTS = 158_069_433_298  # packed bytes and scales counted once; fact sheet 13 A
 
 
@@ -72,6 +77,40 @@ def test_flash_counts_of_its_published_tables():
     stored = {dtype for name, dtype, *_ in base if name.endswith("scale")}
     assert stored == {"F32"}
     assert {dtype for name, dtype, *_ in base if ".experts." in name} == {"F8_E4M3", "F32"}
+
+
+def write_sparse(folder: Path, files: list[tuple[str, str, tuple, int]]) -> None:
+    """Write a full-size checkpoint whose data are holes: headers and an index, and no bytes."""
+    shards: list[dict] = [{}]
+    places, end = {}, 0
+    for name, dtype, shape, nbytes in files:
+        if end + nbytes > SHARD_BYTES:
+            shards.append({})
+            end = 0
+        offsets = [end, end + nbytes]
+        shards[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        places[name] = f"model-{len(shards):05d}.safetensors"
+        end += nbytes
+    for number, header in enumerate(shards, start=1):
+        text = json.dumps(header).encode()
+        with open(folder / f"model-{number:05d}.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + max(info["data_offsets"][1] for info in header.values()))
+    index = {"metadata": {"total_size": sum(f[3] for f in files)}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_dry_run_accounts_for_every_tensor_of_a_full_size_folder(size, tmp_path):
+    files = expected_files(config_of(size))
+    write_sparse(tmp_path, files)
+    shutil.copy(DATA / f"v4_{size}_config.json", tmp_path / "config.json")
+    report = convert(tmp_path, None, to=None, dry_run=True)
+    tensors = sum(group.tensors for group in report.groups.values())
+    assert (tensors, report.bytes) == PUBLISHED[size]
+    write_sparse(tmp_path, files[1:])
+    with pytest.raises(InputError, match="1 wrong: tensor 'embed.weight': missing"):
+        convert(tmp_path, None, to=None, dry_run=True)
 
 
 # One tensor of each kind, as the fact sheet's table (10.1) gives it for Flash.
