@@ -299,14 +299,16 @@ def test_unfinished_conversion_of_something_else_is_not_mixed_in(released, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_existing_output_is_left_alone(released, params, tmp_path):
+def test_existing_output_is_left_alone(released, params, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("years of work")
-    for write in (
-        lambda: convert(released, tmp_path, to="hf"),
-        lambda: save_pretrained(tmp_path, CONFIG, params),
-    ):
-        with pytest.raises(InputError, match="expected a new folder"):
-            write()
+    monkeypatch.chdir(tmp_path)
+    for output in (tmp_path, ".", "thesis.txt", "/"):
+        for write in (
+            lambda output=output: convert(released, output, to="hf"),
+            lambda output=output: save_pretrained(output, CONFIG, params),
+        ):
+            with pytest.raises(InputError, match="expected a new folder"):
+                write()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

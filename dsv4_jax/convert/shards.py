@@ -50,9 +50,10 @@ class Output:
     """
 
     def __init__(self, path: Path, plan: dict | None = None):
-        self.path, self.folder = path, path.with_name(f".{path.name}.partial")
+        path = path.absolute()
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise InputError(f"{path}: expected a new folder, got one that exists; choose another")
+        self.path, self.folder = path, path.with_name(f".{path.name}.partial")
         with explain_failed_write(self.folder, "output"):
             if plan is None and self.folder.exists():
                 shutil.rmtree(self.folder)
