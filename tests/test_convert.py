@@ -299,6 +299,24 @@ def test_unfinished_conversion_of_something_else_is_not_mixed_in(released, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_an_unknown_attempt_are_not_taken_for_ours(released, tmp_path):
+    """A killed save_pretrained says nowhere what its shards are of."""
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"of other weights")
+    convert(released, tmp_path / "out", to="deepseek")
+    assert bytes_of(tmp_path / "out") == bytes_of(released)
+
+
+def test_formats_that_config_json_cannot_say_are_refused(released, tmp_path):
+    """Its keys speak of all experts and of all other matrices at once."""
+    config, kept = load_pretrained(released, keep_quantized=True)
+    mixed = kept | {"mtp": dequantize(kept["mtp"])}
+    with pytest.raises(InputError, match="expected all in one format"):
+        save_pretrained(tmp_path / "out", config, mixed)
+    assert not list(tmp_path.iterdir())
+
+
 def test_existing_output_is_left_alone(released, params, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("years of work")
     monkeypatch.chdir(tmp_path)

@@ -69,6 +69,7 @@ def save_pretrained(
     """
     check_format(format, dtype)
     source = LeafSource(config, flatten_dict(params, sep="/"), "params")
+    storage_keys(source, dtype)  # refused before anything is written
     output = Output(Path(path))
     try:
         write_shards(output, items_of(source, format, dtype), max_shard_bytes=max_shard_bytes)
@@ -105,17 +106,25 @@ def write_config(
 
 def storage_keys(source: Source, dtype: str | None) -> StorageKeys:
     """Describe what is written as far as `config.json` says it."""
-    by_kind = {
-        tensor.kind: target_storage(tensor, source.storage(tensor), dtype)
-        for tensor in source.tensors
-    }
-    experts, linears = by_kind[EXPERT], by_kind[LINEAR]
-    scales = {kind.scales for kind in (experts, linears) if kind.form}
+    forms: dict[str, set] = {EXPERT: set(), LINEAR: set()}
+    for tensor in source.tensors:
+        if tensor.kind in forms:
+            target = target_storage(tensor, source.storage(tensor), dtype)
+            forms[tensor.kind].add((target.form and target.form.name, target.scales))
+    for kind, found in forms.items():
+        if len(found) > 1:
+            raise InputError(
+                f"{kind} matrices: expected all in one format, for config.json has words for one, "
+                f"got {sorted(str(name) for name, _ in found)}; give a dtype"
+            )
+    (experts, expert_scales), = forms[EXPERT]
+    (linears, linear_scales), = forms[LINEAR]
+    scales = {expert_scales, linear_scales}
     plain = next(t for t in source.tensors if t.name == "head.weight")
     return StorageKeys(
         dtype=target_storage(plain, source.storage(plain), dtype).dtype.name,
-        experts=experts.form and experts.form.name,
-        linears=linears.form and linears.form.name,
+        experts=experts,
+        linears=linears,
         scales="float32" if FLOAT32 in scales else "ue8m0",
     )
 

@@ -55,7 +55,8 @@ class Output:
             raise InputError(f"{path}: expected a new folder, got one that exists; choose another")
         self.path, self.folder = path, path.with_name(f".{path.name}.partial")
         with explain_failed_write(self.folder, "output"):
-            if plan is None and self.folder.exists():
+            # Without a plan nobody knows whose files these are.
+            if self.folder.exists() and (plan is None or not (self.folder / PLAN).exists()):
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / PLAN
