@@ -111,7 +111,7 @@ class Report:
             whole.bytes += group.bytes
         head = f"{'group':18} {'tensors':>8} {'bytes':>17} {'mean':>10} {'std':>9} {'absmax':>9}"
         rows = [group.line(name) for name, group in self.groups.items()]
-        return [f"{head} stored as", *rows, whole.line("all")]
+        return [f"{head} stored as (mean, std, absmax of a sample)", *rows, whole.line("all")]
 
 
 def sample(block: Block) -> np.ndarray:

@@ -100,8 +100,11 @@ def write_config(
     output.write_json("config.json", write(source.config, keys, carried))
     if format == DEEPSEEK:
         # DeepSeek's inference program knows fewer models and dtypes than config.json can say.
+        document = None
         with contextlib.suppress(InputError):
-            output.write_json("inference/config.json", inference_config(source.config, keys))
+            document = inference_config(source.config, keys)
+        if document is not None:
+            output.write_json("inference/config.json", document)
 
 
 def storage_keys(source: Source, dtype: str | None) -> StorageKeys:
