@@ -128,6 +128,10 @@ def deepseek_config(
         "compress_rope_theta": _value(config, "compress_rope_theta"),
         "torch_dtype": storage.dtype,
     }
+    fraction = _fraction(config.qk_rope_head_dim, config.head_dim)
+    if fraction != config.qk_rope_head_dim / config.head_dim:
+        # With the quotient, which transformers would form itself, it loses a channel.
+        written["partial_rotary_factor"] = fraction
     if quantization := _quantization(storage):
         written["quantization_config"] = quantization
         if storage.experts != UNKNOWN:

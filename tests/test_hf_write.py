@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hf_config import RELEASED, edited, load
-from transformers import DeepseekV4Config
+from test_hf_config import NONSENSE, RELEASED, edited, load
+from transformers import AutoConfig, DeepseekV4Config
+from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from dsv4_jax.config import ATTENTION_KINDS, HASH, LEARNED, MOE_KINDS, ModelConfig
+from dsv4_jax.config import ATTENTION_KINDS, CSA, HASH, HCA, LEARNED, MOE_KINDS, WINDOW, ModelConfig
 from dsv4_jax.errors import InputError
+from dsv4_jax.hf_keys import INFERENCE_STORAGE, QUANTIZATION, ROOT
 from dsv4_jax.hf_write import (
     UNKNOWN,
     Storage,
@@ -24,6 +27,7 @@ from dsv4_jax.hf_write import (
 
 INSTRUCT = Storage(experts="fp4", linears="fp8")
 PLAIN = Storage()
+FLASH = RELEASED["flash"]
 BASE = Storage(experts="fp8", linears="fp8", scales="float32")
 
 
@@ -87,20 +91,88 @@ def test_released_ratios_come_back_from_the_inference_format(config):
     assert ModelConfig.from_hf(inference_config(config, INSTRUCT)) == config
 
 
+THEIR_DEFAULTS = DeepseekV4Config().to_dict()
+THEIR_VERSION = {"transformers_version"}
+
+
 @settings(deadline=None, max_examples=60)
 @given(models())
-def test_transformers_understands_what_is_written(config):
+def test_transformers_loses_and_adds_nothing(config):
     written = transformers_config(config, PLAIN)
     theirs = DeepseekV4Config(**copy.deepcopy(written))
-    for key in ("layer_types", "mlp_layer_types", "compress_rates", "head_dim", "hidden_size",
-                "n_routed_experts", "index_topk", "hc_mult", "hc_eps", "rms_norm_eps",
-                "sliding_window", "routed_scaling_factor", "swiglu_limit"):  # fmt: skip
-        assert getattr(theirs, key) == written[key], key
-    for name, theta in (("main", config.rope_theta), ("compress", config.compress_rope_theta)):
-        parameters = theirs.rope_parameters[name]
-        assert parameters["rope_theta"] == theta
-        assert int(config.head_dim * parameters["partial_rotary_factor"]) == config.qk_rope_head_dim
+    assert theirs.qk_rope_head_dim == config.qk_rope_head_dim
+    for group in theirs.rope_parameters.values():
+        assert int(config.head_dim * group["partial_rotary_factor"]) == config.qk_rope_head_dim
+    said = theirs.to_dict()
+    assert {key: said.get(key) for key in written} == written
+    added = said.keys() - written.keys() - THEIR_VERSION
+    assert not added & (ROOT.schedule | set(ROOT.fields.values()))
+    assert {key: said[key] for key in added} == {key: THEIR_DEFAULTS[key] for key in added}
+    assert ModelConfig.from_hf(said) == config
+
+
+@settings(deadline=None, max_examples=60)
+@given(models(), st.booleans())
+def test_transformers_understands_deepseeks_format(config, released_ratios):
+    config = hash_first(config)
+    if released_ratios:
+        config = dataclasses.replace(config, csa_ratio=4, hca_ratio=128)
+    theirs = DeepseekV4Config(**deepseek_config(config, PLAIN))
     assert ModelConfig.from_hf(theirs.to_dict()) == config
+
+
+ODD = ModelConfig(
+    vocab_size=96, hidden_size=32, layer_types=(CSA, WINDOW, HCA, HCA, CSA, WINDOW),
+    moe_types=(LEARNED, HASH, LEARNED, HASH, LEARNED, HASH), num_attention_heads=6, head_dim=49,
+    qk_rope_head_dim=12, o_groups=3, csa_ratio=8, hca_ratio=8, num_nextn_predict_layers=0,
+    yarn_factor=1, routed_scaling_factor=2, rope_theta=12_345.678,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", [PLAIN, INSTRUCT, BASE], ids=str)
+@pytest.mark.parametrize("config", [ODD, *RELEASED.values()], ids=["odd", *RELEASED])
+def test_what_transformers_saves_is_the_same_model(config, storage, tmp_path):
+    DeepseekV4Config(**transformers_config(config, storage)).save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(tmp_path) == config
+    assert storage_of(json.loads((tmp_path / "config.json").read_text())) == storage
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert ModelConfig.from_hf(tmp_path) == config
+
+
+def test_rotated_width_survives_its_fraction():
+    """Transformers takes int(head_dim * fraction), and a fraction may be rounded down."""
+    rounded_down = 0
+    for head_dim in range(2, 260):
+        for width in range(2, head_dim + 1, 2):
+            config = dataclasses.replace(
+                ODD, head_dim=head_dim, qk_rope_head_dim=width, index_head_dim=width
+            )
+            fraction = transformers_config(config, PLAIN)["partial_rotary_factor"]
+            assert int(head_dim * fraction) == width and fraction <= 1
+            rounded_down += int(head_dim * (width / head_dim)) != width
+    assert rounded_down > 0
+
+
+def test_rotated_width_survives_transformers_own_fraction():
+    config = hash_first(dataclasses.replace(ODD, head_dim=319, qk_rope_head_dim=40))
+    assert int(319 * (40 / 319)) == 39
+    theirs = DeepseekV4Config(**deepseek_config(config, PLAIN))
+    assert theirs.qk_rope_head_dim == 40
+    assert "partial_rotary_factor" not in deepseek_config(FLASH, PLAIN)
+
+
+def test_extension_of_context():
+    """YaRN that is off is not mentioned unless its numbers would be lost."""
+    assert transformers_config(ODD, PLAIN)["rope_parameters"]["compress"]["rope_type"] == "default"
+    flash = dataclasses.replace(RELEASED["flash"], yarn_factor=1)
+    assert deepseek_config(flash, PLAIN)["rope_scaling"] is None
+    slower = dataclasses.replace(flash, yarn_beta_slow=2)
+    assert transformers_config(slower, PLAIN)["rope_parameters"]["compress"] == {
+        "rope_type": "yarn", "rope_theta": 160_000, "partial_rotary_factor": 0.125, "factor": 1,
+        "original_max_position_embeddings": 65_536, "beta_fast": 32, "beta_slow": 2,
+        "attention_factor": 1.0,
+    }  # fmt: skip
+    assert deepseek_config(slower, PLAIN)["rope_scaling"]["factor"] == 1
 
 
 @pytest.mark.parametrize("size", RELEASED)
@@ -110,6 +182,29 @@ def test_released_files_are_written_as_they_are(size):
     # The first release of Flash did not say that its experts are FP4.
     assert written == {"expert_dtype": "fp4", **released}
     assert inference_config(RELEASED[size], INSTRUCT) == load(size + "_inference")
+
+
+@pytest.mark.parametrize("size", RELEASED)
+def test_released_files_come_back_to_the_letter(size):
+    """Also in the types of numbers; only the order of the keys is our own."""
+
+    def text(document: dict) -> str:
+        return json.dumps(document, sort_keys=True)
+
+    released, inference = load(size), load(size + "_inference")
+    config = ModelConfig.from_hf(released)
+    assert text(deepseek_config(config, storage_of(released), released)) == text(released)
+    config = ModelConfig.from_hf(inference)
+    assert text(inference_config(config, storage_of(inference))) == text(inference)
+
+
+def test_what_is_not_as_released_is_in_the_inference_format():
+    changed = dataclasses.replace(
+        RELEASED["flash"], rms_norm_eps=1e-5, hc_eps=1e-7, num_nextn_predict_layers=0
+    )
+    written = inference_config(changed, INSTRUCT)
+    assert (written["norm_eps"], written["hc_eps"], written["n_mtp_layers"]) == (1e-5, 1e-7, 0)
+    assert len(written["compress_ratios"]) == 43
 
 
 def test_number_types_survive():
@@ -130,7 +225,20 @@ def test_what_is_no_part_of_the_model_is_carried_along():
         assert written["hidden_size"] == 4096
         assert "quantization_config" not in written and "expert_dtype" not in written
         assert storage_of(written) == PLAIN
-    assert transformers_config(RELEASED["flash"], PLAIN)["bos_token_id"] == 0
+        assert (write(FLASH, PLAIN)["bos_token_id"], write(FLASH, PLAIN)["eos_token_id"]) == (0, 1)
+
+
+def test_nothing_is_shared_between_documents():
+    """Transformers changes dictionaries that it is given."""
+    carried = edited(eos_token_id=[1, 2])
+    before = copy.deepcopy(carried)
+    for write in (transformers_config, deepseek_config):
+        written = write(FLASH, INSTRUCT, carried)
+        for value in written.values():
+            if isinstance(value, (list, dict)):
+                value.clear()
+        assert carried == before
+        assert ModelConfig.from_hf(write(FLASH, INSTRUCT, carried)) == FLASH
 
 
 @pytest.mark.parametrize(
@@ -143,10 +251,30 @@ def test_storage_comes_back(storage):
         assert storage_of(inference_config(RELEASED["pro"], storage)) == storage
 
 
+def test_experts_alone_in_the_inference_format():
+    experts = Storage(experts="fp4")
+    written = inference_config(FLASH, experts)
+    assert (written["dtype"], written["expert_dtype"]) == ("bf16", "fp4")
+    assert storage_of(written) == experts
+
+
+@pytest.mark.parametrize(
+    "storage", [INSTRUCT, BASE, Storage(experts="fp8", linears="fp8")], ids=str
+)
+def test_transformers_understands_the_storage(storage):
+    theirs = FineGrainedFP8Config(**transformers_config(FLASH, storage)["quantization_config"])
+    assert theirs.expert_dtype == storage.experts
+    assert theirs.scale_fmt == {"ue8m0": "ue8m0", "float32": "float"}[storage.scales]
+    assert (theirs.weight_block_size, theirs.activation_scheme) == ([128, 128], "dynamic")
+    saved = edited(quantization_config=theirs.to_dict())
+    assert storage_of(saved) == storage
+
+
 def test_storage_of_released_files():
     assert storage_of(load("pro")) == storage_of(load("pro_inference")) == INSTRUCT
     assert storage_of(load("flash")) == dataclasses.replace(INSTRUCT, experts=UNKNOWN)
-    assert storage_of({"hidden_size": 1}) is None
+    for nothing in ({}, {"hidden_size": 1}, {"dim": 1, "n_heads": 2}, {"dtype": None}):
+        assert storage_of(nothing) is None
 
 
 def quantization(**changes) -> dict:
@@ -154,6 +282,8 @@ def quantization(**changes) -> dict:
 
 
 BAD_STORAGE = {
+    "no method": (edited(quantization_config={}), "quantization_config.quant_method"),
+    "experts alone": (edited(without=("quantization_config",), expert_dtype="fp4"), "quant_method"),
     "method": (quantization(quant_method="awq"), "quantization_config.quant_method"),
     "format": (quantization(fmt="e5m2"), "quantization_config.fmt"),
     "blocks": (quantization(weight_block_size=[64, 64]), "quantization_config.weight_block_size"),
@@ -178,19 +308,52 @@ BAD_STORAGE = {
 }  # fmt: skip
 
 
+def storage_refusal(document: dict) -> str:
+    with pytest.raises(InputError) as caught:
+        storage_of(document)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("case", BAD_STORAGE)
 def test_storage_that_is_not_understood_is_refused(case):
     document, expected = BAD_STORAGE[case]
-    with pytest.raises(InputError) as caught:
-        storage_of(document)
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert expected in storage_refusal(document)
 
 
-FLASH = RELEASED["flash"]
+def test_nonsense_in_storage_is_refused():
+    documents = [(f"quantization_config.{key}", quantization, key) for key in QUANTIZATION]
+    documents += [(key, edited, key) for key in ("dtype", "torch_dtype", "expert_dtype")]
+    documents += [
+        (key, lambda **values: edited("flash_inference", **values), key)
+        for key in INFERENCE_STORAGE
+    ]
+    for name, change, key in documents:
+        admitted = (*QUANTIZATION.get(key, ()), *INFERENCE_STORAGE.get(key, ()))
+        for value in NONSENSE:
+            if value is not None and value not in admitted:
+                assert f"{name}: expected" in storage_refusal(change(**{key: value}))
+
+
 UNSAID = {
     "hash layer behind": (
         deepseek_config, dataclasses.replace(FLASH, moe_types=(LEARNED,) * 42 + (HASH,)), PLAIN,
         "ModelConfig.moe_types: expected hash layers only in front",
+    ),
+    "hash layer behind, inference": (
+        inference_config, dataclasses.replace(FLASH, moe_types=(LEARNED,) * 42 + (HASH,)), INSTRUCT,
+        "got 'hash' in layer 42; write transformers' config.json",
+    ),
+    "equal ratios for inference": (
+        inference_config, dataclasses.replace(FLASH, hca_ratio=4), INSTRUCT,
+        "expected the (4, 128) of inference/config.json, got (4, 4)",
+    ),
+    "experts unknown, inference": (
+        inference_config, FLASH, dataclasses.replace(INSTRUCT, experts=UNKNOWN),
+        "Storage.experts: expected fp4 or what linears are (fp8)",
+    ),
+    "linears alone": (
+        transformers_config, FLASH, Storage(linears="fp8"), "store both quantised or neither"
     ),
     "ratios for inference": (
         inference_config, dataclasses.replace(FLASH, hca_ratio=64), INSTRUCT, "csa_ratio, hca_ratio"
