@@ -19,19 +19,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from checkpoint_files import CONFIG, joined
+from checkpoint_files import SINGLE as SHARD
 
-from dsv4_jax import InputError, ModelConfig, init_params, load_pretrained, save_pretrained
+from dsv4_jax import InputError, init_params, load_pretrained, save_pretrained
 from dsv4_jax.convert import tensor_files
 from dsv4_jax.convert.source import FileSource
 from dsv4_jax.convert.tensor_files import INDEX, CheckpointError
 
-CONFIG = ModelConfig(
-    vocab_size=8, hidden_size=8, layer_types=("csa", "hca"), moe_types=("hash", "learned"),
-    num_attention_heads=2, head_dim=4, qk_rope_head_dim=2, q_lora_rank=4, o_groups=1, o_lora_rank=4,
-    sliding_window=4, index_n_heads=2, index_head_dim=4, index_topk=2, n_routed_experts=2,
-    num_experts_per_tok=1, moe_intermediate_size=8, hc_mult=2, num_nextn_predict_layers=0,
-)  # fmt: skip
-SHARD = "model.safetensors"
 FILES, BATCHES = 10_000, 10
 SLOW = 1.0  # seconds that a file may take
 MEMORY = 200e6  # bytes that all files of a batch may add
@@ -72,16 +67,9 @@ def refusal(folder: Path) -> str:
 
 
 def parts(data: bytes) -> tuple[dict, bytes]:
-    """Split a safetensors file into its header and its data."""
+    """Split a safetensors file into its header and its data; the inverse of `joined`."""
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def joined(header: dict | bytes, data: bytes) -> bytes:
-    """Build a safetensors file; the inverse of `parts`."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data
 
 
 # B1: fuzzed files. Each mutator takes a random generator, the header and the data of a good file.

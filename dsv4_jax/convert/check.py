@@ -36,16 +36,18 @@ def check_entries(
     problems, used, scales = [], set(), {}
     for file in files:
         entry = entries.get(file.name)
-        if entry is None:
-            problems.append(f"tensor {file.name!r}: missing")
-            continue
-        used.add(file.name)
-        problems += _check_values(file, entry)
-        form = form_of(entry.dtype)
-        if form is None:
-            continue
         names = dict.fromkeys(scale_name(file.name, suffix) for suffix in SCALE_SUFFIXES)
         found = [name for name in names if name in entries]
+        used.add(file.name)
+        if faults := _check_kind(file, entry):
+            problems += faults
+            used.update(found)  # nothing can be said about the scales of such a tensor
+            continue
+        form = form_of(entry.dtype)
+        shape, *_ = stored_shapes(file.tensors[0].shape, form)
+        problems += _check_shape(file.name, entry, file, shape)
+        if form is None:
+            continue
         used.update(found)
         if len(found) != 1:
             problems.append(
@@ -60,13 +62,10 @@ def check_entries(
     return scales
 
 
-def _check_values(file: FileTensor, entry: Entry) -> list[str]:
-    tensor = file.tensors[0]
-    problems = _check_dtype(file.name, entry, ADMITTED.get(tensor.kind, FLOATS))
-    if problems:
-        return problems
-    shape, *_ = stored_shapes(tensor.shape, form_of(entry.dtype))
-    return _check_shape(file.name, entry, file, shape)
+def _check_kind(file: FileTensor, entry: Entry | None) -> list[str]:
+    if entry is None:
+        return [f"tensor {file.name!r}: missing"]
+    return _check_dtype(file.name, entry, ADMITTED.get(file.tensors[0].kind, FLOATS))
 
 
 def _check_scales(name: str, entry: Entry, form: Format, file: FileTensor) -> list[str]:
@@ -87,7 +86,7 @@ def _check_shape(name: str, entry: Entry, file: FileTensor, shape: tuple[int, ..
     expected = file.shape(shape)
     if entry.shape == expected:
         return []
-    return [f"tensor {name!r}: expected shape {list(expected)}, got {list(entry.shape)}"]
+    return [f"tensor {name!r}: expected shape {list(expected)}, got {shown(list(entry.shape))}"]
 
 
 def check_table(table: np.ndarray, config: ModelConfig) -> None:

@@ -24,6 +24,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 LARGEST_HEADER = 32 << 20  # bytes; all 145,116 tensors of V4-Pro in one file need 22 MB
 LARGEST_INDEX = 64 << 20  # bytes
+MOST_PARTS = 3 << 20  # of JSON: brackets, colons and commas; V4-Pro's header would have 1.8 million
+MOST_SHARDS = 10_000  # each is looked up on disk before any is opened
 SHOWN = 20  # problems named in one message
 
 
@@ -79,8 +81,15 @@ def open_tensors(folder: Path) -> dict[str, Entry]:
 
     Raises:
       InputError: there is no safetensors checkpoint, only pickles; the index, a shard's name or a
-        header is not what it must be; index and shards do not agree.
+        header is not what it must be; index and shards do not agree; something cannot be read.
     """
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {shown(str(error))}") from error
+
+
+def _open(folder: Path) -> dict[str, Entry]:
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a checkpoint's folder, got none; check the path")
     index = folder / INDEX
@@ -94,7 +103,8 @@ def open_tensors(folder: Path) -> dict[str, Entry]:
 
 
 def _no_tensors(folder: Path, found: list[str]) -> str:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = [name for name in names if name.isprintable()]  # a message is one line
     if found:
         return f"expected {INDEX} beside {len(found)} shards, got none; copy it from the source"
     if pickles:
@@ -122,16 +132,22 @@ def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
                 f"{index}: tensor {shown(name)}: expected a shard's file name, got "
                 f"{shown(shard)}"
             )
-    metadata = document.get("metadata") or {}
-    total = metadata.get("total_size") if isinstance(metadata, dict) else metadata
+    metadata = document.get("metadata")
+    if not isinstance(metadata, (dict, type(None))):
+        raise InputError(f"{index}: metadata: expected an object, got {shown(metadata)}")
+    total = (metadata or {}).get("total_size")
     if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 0):
         raise InputError(f"{index}: total_size: expected bytes, got {shown(total)}")
     return shards, total
 
 
 def _open_indexed(folder: Path, shards: dict[str, str], total: int | None) -> dict[str, Entry]:
-    paths, problems = {}, []
-    for shard in sorted(set(shards.values())):
+    paths, problems, names = {}, [], sorted(set(shards.values()))
+    if len(names) > MOST_SHARDS:
+        raise InputError(
+            f"{folder / INDEX}: expected at most {MOST_SHARDS} shards, got {len(names)}"
+        )
+    for shard in names:
         try:
             if not shard.endswith(".safetensors"):
                 raise InputError(f"{shown(shard)}: expected a .safetensors file")
@@ -142,8 +158,8 @@ def _open_indexed(folder: Path, shards: dict[str, str], total: int | None) -> di
     size = sum(path.stat().st_size for path in paths.values())
     if total is not None and not size - len(paths) * LARGEST_HEADER <= total <= size:
         raise InputError(
-            f"{folder / INDEX}: total_size: expected about the shards' {size} bytes, got {total}; "
-            "a shard may be missing or incomplete: copy them again"
+            f"{folder / INDEX}: total_size: expected about the shards' {size} bytes, got "
+            f"{shown(total)}; a shard may be missing or incomplete: copy them again"
         )
     entries = {}
     for shard, path in paths.items():
@@ -180,7 +196,8 @@ def checked_path(folder: Path, name: str) -> Path:
       InputError: it is no plain name of a file in the folder.
     """
     quoted = shown(name)
-    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name or "\\" in name:
+    plain = name == os.path.basename(name) and "\\" not in name and name not in ("", ".", "..")
+    if not plain or not name.isprintable():  # control characters would break messages up
         raise InputError(f"{quoted}: expected the name of a file in {folder}, got no such name")
     path = folder / name
     try:
@@ -214,12 +231,19 @@ def read_header(path: Path) -> dict[str, Entry]:
                     f"{path}: expected a header of at most {LARGEST_HEADER} bytes within the "
                     f"file's {size}, got {length}; {_mend(path)}"
                 )
-            header = file.read(length)
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {shown(str(error))}; {_mend(path)}") from error
+    header = parse_json(path, text)
+    try:
         with safetensors.safe_open(path, framework="numpy"):
             pass
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: expected a safetensors file: {error}; {_mend(path)}") from error
-    return _entries(path, parse_json(path, header), 8 + length)
+        # The library's words have names and values of the file in them, of any length.
+        words = f"expected a safetensors file: {shown(str(error))}"
+        fault = _find_fault(header, size - 8 - length) or words
+        raise InputError(f"{path}: {fault}; {_mend(path)}") from error
+    return _entries(path, header, 8 + length)
 
 
 def _mend(path: Path) -> str:
@@ -237,12 +261,64 @@ def _entries(path: Path, header: dict, start: int) -> dict[str, Entry]:
     return entries
 
 
+def _find_fault(header: object, held: int) -> str:
+    """Say what is wrong with a header that the library refused, naming the tensor.
+
+    Args:
+      held: bytes of data in the file.
+    Returns:
+      "" if the fault is of another kind.
+    """
+    if not isinstance(header, dict):
+        return ""
+    tensors = {name: info for name, info in header.items() if name != "__metadata__"}
+    for name, info in tensors.items():
+        if fault := _fault_of_entry(info):
+            return f"tensor {shown(name)}: {fault}"
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = info["data_offsets"]
+        if first != end:
+            return f"tensor {shown(name)}: expected data from byte {end} on, got {shown(first)}"
+        end = last
+    return "" if end == held else f"expected {end} bytes of tensors, got {held}"
+
+
+def _fault_of_entry(info: object) -> str:
+    """Say what is wrong with one tensor of a header, or return ""."""
+    fields = ("dtype", "shape", "data_offsets")
+    if not isinstance(info, dict) or not info.keys() >= set(fields):
+        return f"expected {', '.join(fields)}, got {shown(info)}"
+    dtype, shape, offsets = (info[field] for field in fields)
+    if not isinstance(dtype, str) or dtype not in VIEWED:
+        return f"expected one of {', '.join(VIEWED)}, got {shown(dtype)}"
+    if not _are_sizes(shape):
+        return f"expected sizes as its shape, got {shown(shape)}"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"expected first and last data_offsets, got {shown(offsets)}"
+    nbytes, too_many = VIEWED[dtype].itemsize, 1 << 64
+    for size in shape:
+        nbytes = min(nbytes * size, too_many)  # the product of a million sizes would take minutes
+    if nbytes == too_many:
+        return f"expected a shape that a file can hold, got {shown(shape)}"
+    if nbytes == offsets[1] - offsets[0]:
+        return ""
+    return f"expected {nbytes} bytes of {dtype} in shape {shown(shape)}, got {shown(offsets)}"
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 64 for v in values)
+
+
 def parse_json(path: Path, text: bytes):
-    """Parse JSON, refusing keys that occur twice.
+    """Parse JSON in UTF-8, refusing keys that occur twice.
 
     Raises:
-      InputError: it is no JSON.
+      InputError: it is no JSON, or would take far more memory than the file has bytes.
     """
+    count = sum(map(text.count, (b"{", b"[", b":", b",")))
+    if count > MOST_PARTS:
+        raise InputError(f"{path}: expected JSON of at most {MOST_PARTS} parts, got {count}")
 
     def unique(pairs: list[tuple]) -> dict:
         mapping = dict(pairs)
@@ -252,7 +328,7 @@ def parse_json(path: Path, text: bytes):
         return mapping
 
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text.decode(), object_pairs_hook=unique)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
