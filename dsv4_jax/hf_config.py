@@ -63,7 +63,7 @@ def _load(source) -> tuple[str, dict]:
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r}: cannot be read: {error}") from error
     try:
-        config = json.loads(text, object_pairs_hook=_unique_keys)
+        config = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r}: expected JSON: {error}") from error
     if not isinstance(config, dict):
@@ -71,14 +71,13 @@ def _load(source) -> tuple[str, dict]:
     return repr(str(path)), config
 
 
-def _unique_keys(pairs: list[tuple]) -> dict:
-    """Build a JSON object, refusing a key that occurs twice."""
-    key, count = max(
-        Counter(key for key, _ in pairs).items(), key=lambda item: item[1], default=("", 0)
-    )
-    if count > 1:
+def unique_keys(pairs: list[tuple]) -> dict:
+    """Build a JSON object, refusing a key that occurs twice; a hook for `json.loads`."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        ((key, count),) = Counter(key for key, _ in pairs).most_common(1)
         raise InputError(f"key {reprlib.repr(key)} occurs {count} times")
-    return dict(pairs)
+    return mapping
 
 
 def naming_of(config: Mapping) -> Naming:

@@ -52,7 +52,6 @@ class Format:
 
 FP8 = Format("fp8", E4M3, 448.0, (128, 128), 1)
 FP4 = Format("fp4", E2M1, 6.0, (1, 32), 2)
-FORMATS = {form.name: form for form in (FP8, FP4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +67,6 @@ class Block:
     form: Format | None = None
     rows: np.ndarray | slice | None = None
     columns: np.ndarray | slice | None = None  # of `values`
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 def decode(block: Block, dtype: np.dtype) -> np.ndarray:
@@ -275,23 +269,23 @@ def contiguous(values: np.ndarray) -> np.ndarray:
     if values.flags.c_contiguous:
         return values
     out = np.empty(values.shape, values.dtype)
-    if values.ndim == 2:
-        copy(values, out)
-    else:
-        out[...] = values
+    copy(values, out)
     return out
 
 
+TILE = (256, 32)
+
+
 def copy(values: np.ndarray, out: np.ndarray) -> None:
-    """Copy a matrix, which may be transposed, in tiles."""
+    """Copy an array into another; a matrix, which may be transposed, in tiles."""
+    if values.ndim != 2:
+        out[...] = values
+        return
     rows, columns = TILE
     for row in range(0, values.shape[0], rows):
         for column in range(0, values.shape[1], columns):
             tile = slice(row, row + rows), slice(column, column + columns)
             out[tile] = values[tile]
-
-
-TILE = (256, 32)
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -20,6 +20,7 @@ from dsv4_jax.convert.save import (
     HF_FORMAT,
     MAX_SHARD_BYTES,
     items_of,
+    storage_keys,
     write_config,
 )
 from dsv4_jax.convert.shards import Item, Output, write_shards
@@ -76,6 +77,7 @@ def convert(
         "input": str(Path(source).resolve()), "files": _describe_files(Path(source)), "to": to,
         "dtype": dtype, "max_shard_bytes": max_shard_bytes, "skip_mtp": skip_mtp,
     }
+    keys = storage_keys(opened.source, dtype)
     folder = Output(Path(output), plan)
     start = time.perf_counter()
     if to == ORBAX:
@@ -86,7 +88,8 @@ def convert(
     for name in CARRIED:
         if (Path(source) / name).is_file():
             _copy(checked_path(Path(source), name), folder, name)
-    write_config(folder, opened.source, HF_FORMAT if to == ORBAX else to, dtype, opened.config_json)
+    format = HF_FORMAT if to == ORBAX else to
+    write_config(folder, opened.source.config, keys, format, opened.config_json)
     folder.finish()
     report.seconds = time.perf_counter() - start
     return report

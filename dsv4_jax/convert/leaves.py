@@ -68,7 +68,7 @@ def read_leaf(
         with about(source.where(tensor)):
             if tensor.kind == INTEGER:
                 check_table(block.values, source.config)
-            _copy(_to_leaf(block, part.layout, inner, dtype), out[place])
+            copy(_to_leaf(block, part.layout, inner, dtype), out[place])
     return out
 
 
@@ -80,13 +80,6 @@ def leaf_slice(block: Block, part: Part, dtype: np.dtype) -> np.ndarray:
     """
     values = decode(block, dtype)[part.start : part.start + part.layout.shape[0]]
     return contiguous(part.layout.to_leaf(values))
-
-
-def _copy(values: np.ndarray, out: np.ndarray) -> None:
-    if values.ndim == 2:
-        copy(values, out)
-    else:
-        out[...] = values
 
 
 def sizes_of(index: tuple[slice, ...]) -> tuple[int, ...]:

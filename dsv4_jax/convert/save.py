@@ -69,11 +69,11 @@ def save_pretrained(
     """
     check_format(format, dtype)
     source = LeafSource(config, flatten_dict(params, sep="/"), "params")
-    storage_keys(source, dtype)  # refused before anything is written
+    keys = storage_keys(source, dtype)
     output = Output(Path(path))
     try:
         write_shards(output, items_of(source, format, dtype), max_shard_bytes=max_shard_bytes)
-        write_config(output, source, format, dtype, {})
+        write_config(output, config, keys, format, {})
         output.finish()
     except BaseException:
         output.discard()
@@ -88,27 +88,30 @@ def check_format(format: str, dtype: str | None) -> None:
 
 
 def write_config(
-    output: Output, source: Source, format: str, dtype: str | None, carried: dict
+    output: Output, config: ModelConfig, keys: StorageKeys, format: str, carried: dict
 ) -> None:
     """Write the configuration files of a format; `inference/config.json` where it can say all.
 
     Args:
       carried: the `config.json` that came with the input.
     """
-    keys = storage_keys(source, dtype)
     write = {HF_FORMAT: transformers_config, DEEPSEEK: deepseek_config}[format]
-    output.write_json("config.json", write(source.config, keys, carried))
+    output.write_json("config.json", write(config, keys, carried))
     if format == DEEPSEEK:
         # DeepSeek's inference program knows fewer models and dtypes than config.json can say.
         document = None
         with contextlib.suppress(InputError):
-            document = inference_config(source.config, keys)
+            document = inference_config(config, keys)
         if document is not None:
             output.write_json("inference/config.json", document)
 
 
 def storage_keys(source: Source, dtype: str | None) -> StorageKeys:
-    """Describe what is written as far as `config.json` says it."""
+    """Describe what is written as far as `config.json` says it.
+
+    Raises:
+      InputError: matrices of one kind are stored in several ways.
+    """
     forms: dict[str, set] = {EXPERT: set(), LINEAR: set()}
     for tensor in source.tensors:
         if tensor.kind in forms:

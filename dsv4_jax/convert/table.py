@@ -43,13 +43,17 @@ class Row(NamedTuple):
     kind: str
 
 
+STREAM_HEAD = (
+    Row("hc_head_fn", "model.hc_head.hc_fn", "head_mix/fn", "mix (streams width)", FLOAT),
+    Row("hc_head_base", "model.hc_head.hc_base", "head_mix/base", "mix", FLOAT),
+    Row("hc_head_scale", "model.hc_head.hc_scale", "head_mix/scale", "gate", FLOAT),
+)
+
 OUTER = (
     Row("embed.weight", "model.embed_tokens.weight", "embedding", "vocab width", PLAIN),
     Row("norm.weight", "model.norm.weight", "final_norm", "width", PLAIN),
     Row("head.weight", "lm_head.weight", "head", "vocab width", PLAIN),
-    Row("hc_head_fn", "model.hc_head.hc_fn", "head_mix/fn", "mix (streams width)", FLOAT),
-    Row("hc_head_base", "model.hc_head.hc_base", "head_mix/base", "mix", FLOAT),
-    Row("hc_head_scale", "model.hc_head.hc_scale", "head_mix/scale", "gate", FLOAT),
+    *STREAM_HEAD,
 )
 
 MIXES = tuple(
@@ -135,15 +139,13 @@ EXPERTS = _within("ffn.experts.{expert}.", "mlp.experts.", "moe/experts/", (
 ))  # fmt: skip
 
 MTP_PREFIX = "mtp.0."
-MTP = (
+MTP = (  # transformers has no names for it
     Row("e_proj.weight", "", "w_token", "width_out width", LINEAR),
     Row("h_proj.weight", "", "w_stream", "width_out width", LINEAR),
     Row("enorm.weight", "", "token_norm", "width", PLAIN),
     Row("hnorm.weight", "", "stream_norm", "width", PLAIN),
     Row("norm.weight", "", "final_norm", "width", PLAIN),
-    Row("hc_head_fn", "", "head_mix/fn", "mix (streams width)", FLOAT),
-    Row("hc_head_base", "", "head_mix/base", "mix", FLOAT),
-    Row("hc_head_scale", "", "head_mix/scale", "gate", FLOAT),
+    *STREAM_HEAD,
 )
 
 

@@ -7,7 +7,6 @@ ever opened.
 
 from __future__ import annotations
 
-import collections
 import json
 import mmap
 import os
@@ -19,6 +18,7 @@ import safetensors
 
 from dsv4_jax.convert.storage import VIEWED
 from dsv4_jax.errors import InputError, shown
+from dsv4_jax.hf_config import unique_keys
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
@@ -96,7 +96,7 @@ def _open(folder: Path) -> dict[str, Entry]:
     if index.exists():
         return _open_indexed(folder, *_read_index(index))
     found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if found != [SINGLE] and len(found) != 1:
+    if len(found) != 1:
         raise InputError(f"{folder}: {_no_tensors(folder, found)}")
     path = checked_path(folder, found[0])
     return read_header(path)
@@ -320,16 +320,9 @@ def parse_json(path: Path, text: bytes):
     if count > MOST_PARTS:
         raise InputError(f"{path}: expected JSON of at most {MOST_PARTS} parts, got {count}")
 
-    def unique(pairs: list[tuple]) -> dict:
-        mapping = dict(pairs)
-        if len(mapping) < len(pairs):
-            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise InputError(f"{path}: key {shown(twice)} occurs more than once")
-        return mapping
-
     try:
-        return json.loads(text.decode(), object_pairs_hook=unique)
-    except InputError:
-        raise
+        return json.loads(text.decode(), object_pairs_hook=unique_keys)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON: {shown(str(error))}") from error
