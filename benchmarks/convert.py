@@ -23,7 +23,8 @@ from absl import app, flags
 
 from dsv4_jax import ModelConfig
 from dsv4_jax.convert.names import ORIGINAL, scale_name
-from dsv4_jax.convert.shards import Item, Output, write_shards
+from dsv4_jax.convert.output import Output
+from dsv4_jax.convert.shards import Item, write_shards
 from dsv4_jax.convert.storage import (
     VIEWED,
     released_storage,
@@ -32,7 +33,8 @@ from dsv4_jax.convert.storage import (
     written_dtypes,
 )
 from dsv4_jax.convert.table import tensors_of
-from dsv4_jax.hf_write import Storage, deepseek_config
+from dsv4_jax.hf_storage import StorageKeys
+from dsv4_jax.hf_write import deepseek_config
 
 LAYERS = flags.DEFINE_integer("layers", 2, "Full-size layers, CSA and HCA in turn.", lower_bound=1)
 FOLDER = flags.DEFINE_string("folder", None, "Where to write; default: a temporary folder.")
@@ -65,11 +67,10 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> tuple[int, int]:
         for name, dtype, shape in zip(names, written_dtypes(storage), shapes, strict=False):
             start = int(rng.integers(POOL_BYTES // 8)) * 4
             items.append(Item(name, dtype, shape, _cut(pools[dtype], dtype, shape, start)))
-    output = Output(folder)
-    write_shards(output, items, max_shard_bytes=4 * 10**9)
-    keys = Storage(experts="fp4", linears="fp8")
-    output.write_json("config.json", deepseek_config(config, keys))
-    output.finish()
+    keys = StorageKeys(experts="fp4", linears="fp8")
+    with Output(folder) as output:
+        write_shards(output, items, max_shard_bytes=4 * 10**9)
+        output.write_json("config.json", deepseek_config(config, keys))
     return sum(sizes), max(sizes)
 
 

@@ -80,6 +80,19 @@ def unique_keys(pairs: list[tuple]) -> dict:
     return mapping
 
 
+def without_mtp(config: Mapping) -> dict:
+    """Leave out what a configuration says of multi-token prediction, also by a DSpark draft head.
+
+    That has several blocks, each with a ratio behind those of the layers, and keys of its own.
+    """
+    naming = naming_of(config)
+    kept = {key: value for key, value in config.items() if not str(key).startswith("dspark_")}
+    ratios, layers = kept.get("compress_ratios"), kept.get(naming.num_layers)
+    if isinstance(ratios, list) and isinstance(layers, int):
+        kept["compress_ratios"] = ratios[: max(layers, 0)]
+    return kept | {naming.fields["num_nextn_predict_layers"]: 0}
+
+
 def naming_of(config: Mapping) -> Naming:
     """Return the naming that most keys belong to."""
     return max((ROOT, INFERENCE), key=lambda naming: len(naming.known & config.keys()))

@@ -8,18 +8,14 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from dsv4_jax.config import HASH, ModelConfig, check_choice
+from dsv4_jax.config import HASH, ModelConfig
 from dsv4_jax.errors import InputError
-from dsv4_jax.hf_config import LARGEST, check_keys, check_value, naming_of
+from dsv4_jax.hf_config import LARGEST
 from dsv4_jax.hf_keys import (
     ATTENTION_NAMES,
-    DTYPES,
-    EXPERT_DTYPES,
     INFERENCE,
-    INFERENCE_STORAGE,
     MOE_NAMES,
     OPTIONAL_FIELDS,
-    QUANTIZATION,
     RATE_KEYS,
     RELEASED_RATES,
     ROOT,
@@ -27,8 +23,8 @@ from dsv4_jax.hf_keys import (
     YARN_KEYS,
     Naming,
 )
+from dsv4_jax.hf_storage import UNKNOWN, StorageKeys
 
-UNKNOWN = "unknown"
 RELEASED_TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
 NOTHING: Mapping = MappingProxyType({})
 
@@ -40,33 +36,8 @@ _RELEASED = {RATE_KEYS[kind]: rate for kind, rate in RELEASED_RATES.items()}
 _EITHER = {"rope_theta", "compress_rope_theta", *YARN_KEYS}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How a checkpoint's tensors are stored, as far as config.json says it.
-
-    Config.json may leave out `expert_dtype`, as the first release of V4-Flash, whose experts are
-    FP4, and conversions of it to FP8: experts are then "unknown". V4-Flash-Base calls its float32
-    scales "ue8m0", as they are powers of two. In both cases only the tensors tell.
-
-    Raises:
-      InputError: a value is not one of those below.
-    Source: the released configurations; fact sheet 1.4 and 10.3.
-    """
-
-    dtype: str = "bfloat16"  # of tensors that are not quantised: "bfloat16", "float16", "float32"
-    experts: str | None = None  # routed experts: "fp4", "fp8", "unknown"; None: not quantised
-    linears: str | None = None  # the other quantised matrices: "fp8"; None: not quantised
-    scales: str = "ue8m0"  # of FP8: "ue8m0" or "float32"; those of FP4 are always ue8m0
-
-    def __post_init__(self):
-        check_choice("Storage.dtype", self.dtype, DTYPES)
-        check_choice("Storage.experts", self.experts, (*EXPERT_DTYPES, UNKNOWN, None))
-        check_choice("Storage.linears", self.linears, ("fp8", None))
-        check_choice("Storage.scales", self.scales, ("ue8m0", "float32"))
-
-
 def transformers_config(
-    config: ModelConfig, storage: Storage, carried: Mapping = NOTHING
+    config: ModelConfig, storage: StorageKeys, carried: Mapping = NOTHING
 ) -> dict[str, object]:
     """Return the config.json of transformers' `DeepseekV4Config`.
 
@@ -80,7 +51,7 @@ def transformers_config(
     Source: transformers 5.24 `DeepseekV4Config`, `FineGrainedFP8Config`.
     """
     if storage.experts == UNKNOWN:
-        raise _unsaid("Storage.experts", UNKNOWN, "fp4, fp8 or None", "look at the tensors")
+        raise _unsaid("StorageKeys.experts", UNKNOWN, "fp4, fp8 or None", "look at the tensors")
     moe_names = {kind: name for name, kind in MOE_NAMES.items()}
     thetas = {key: _value(config, key) for key in ("rope_theta", "compress_rope_theta")}
     fraction = {"partial_rotary_factor": _fraction(config.qk_rope_head_dim, config.head_dim)}
@@ -105,7 +76,7 @@ def transformers_config(
 
 
 def deepseek_config(
-    config: ModelConfig, storage: Storage, carried: Mapping = NOTHING
+    config: ModelConfig, storage: StorageKeys, carried: Mapping = NOTHING
 ) -> dict[str, object]:
     """Return the config.json of DeepSeek's releases.
 
@@ -139,7 +110,7 @@ def deepseek_config(
     return written
 
 
-def inference_config(config: ModelConfig, storage: Storage) -> dict[str, object]:
+def inference_config(config: ModelConfig, storage: StorageKeys) -> dict[str, object]:
     """Return the inference/config.json of DeepSeek's releases.
 
     It has no place for `max_position_embeddings` and for what only training from scratch reads.
@@ -156,11 +127,12 @@ def inference_config(config: ModelConfig, storage: Storage) -> dict[str, object]
         )  # fmt: skip
     if storage.dtype != "bfloat16":
         raise _unsaid(
-            "Storage.dtype", storage.dtype, "the bfloat16 of inference/config.json", "store it so"
+            "StorageKeys.dtype", storage.dtype, "the bfloat16 of inference/config.json",
+            "store it so",
         )
     if storage.experts not in ("fp4", storage.linears):
         raise _unsaid(
-            "Storage.experts", storage.experts,
+            "StorageKeys.experts", storage.experts,
             f"fp4 or what linears are ({storage.linears}) for inference/config.json", "store it so",
         )  # fmt: skip
     written = {
@@ -180,28 +152,6 @@ def inference_config(config: ModelConfig, storage: Storage) -> dict[str, object]
     if storage.scales == "float32":
         written["scale_dtype"] = "fp32"
     return written
-
-
-def storage_of(config_json: Mapping) -> Storage | None:
-    """Read how tensors are stored from any config.json or inference/config.json.
-
-    Returns:
-      The storage, or None if no key is about it. What the keys leave out is as readers of the file
-      take it: bfloat16; without `scale_fmt` float32 scales; in inference/config.json FP8 with ue8m0
-      scales, and experts as the other matrices.
-    Raises:
-      InputError: a key or value is unknown or contradicts another; one line that names the key.
-    Source: transformers 5.24 `FineGrainedFP8Config`; fact sheet 1.1, 1.3 and 1.4.
-    """
-    naming = naming_of(config_json)
-    given = {key: value for key, value in config_json.items() if key in naming.storage}
-    if naming is INFERENCE:
-        return _inference_storage(given) if given else None
-    given = {key: value for key, value in given.items() if value is not None}
-    return _root_storage(given) if given else None
-
-
-# What is written
 
 
 def _root(config: ModelConfig, carried: Mapping) -> dict:
@@ -285,11 +235,11 @@ def _num_hash_layers(config: ModelConfig, key: str) -> int:
     return count
 
 
-def _quantization(storage: Storage) -> dict:
+def _quantization(storage: StorageKeys) -> dict:
     """Return quantization_config without the experts' dtype; empty if nothing is quantised."""
     if (storage.experts is None) != (storage.linears is None):
         raise _unsaid(
-            "Storage.experts", storage.experts,
+            "StorageKeys.experts", storage.experts,
             f"quantised if linears are ({storage.linears}), and else not, for config.json",
             "store both quantised or neither",
         )  # fmt: skip
@@ -309,44 +259,3 @@ def _unsaid(
     name: str, got, expected: str, advice: str = "write transformers' config.json, which says more"
 ) -> InputError:
     return InputError(f"{name}: expected {expected}, got {got}; {advice}")
-
-
-# What is read
-
-
-def _root_storage(given: Mapping) -> Storage:
-    dtype = _agreed(given, ("dtype", "torch_dtype"), DTYPES) or "bfloat16"
-    name = "quantization_config"
-    quantization = given.get(name, {})
-    check_keys(name, quantization, QUANTIZATION)
-    inner = {f"{name}.{key}": value for key, value in quantization.items()}
-    keys = ("expert_dtype", f"{name}.expert_dtype")
-    experts = _agreed(given | inner, keys, EXPERT_DTYPES)
-    if name not in given and experts is None:
-        return Storage(dtype=dtype)
-    for key, value in {"quant_method": None, **quantization}.items():
-        check_value(f"{name}.{key}", value, QUANTIZATION[key])
-    scales = "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else "float32"
-    return Storage(dtype=dtype, experts=experts or UNKNOWN, linears="fp8", scales=scales)
-
-
-def _inference_storage(given: Mapping) -> Storage:
-    for key, value in given.items():
-        check_value(key, value, INFERENCE_STORAGE[key])
-    linears = "fp8" if given.get("dtype", "fp8") == "fp8" else None
-    experts = given.get("expert_dtype") or linears
-    if experts not in ("fp4", linears):
-        raise InputError(f"expert_dtype: {experts!r} contradicts dtype {given['dtype']!r}")
-    scales = "float32" if given.get("scale_dtype") == "fp32" else "ue8m0"
-    return Storage(experts=experts, linears=linears, scales=scales)
-
-
-def _agreed(given: Mapping, keys: tuple[str, ...], admitted: tuple):
-    """Return the value of those keys that are given, refusing a contradiction; None without any."""
-    found = {key: given[key] for key in keys if key in given}
-    for key, value in found.items():
-        first = next(iter(found))
-        check_value(key, value, admitted)
-        if value != found[first]:
-            raise InputError(f"{key}: expected {first}'s {found[first]!r}, got {value!r}")
-    return next(iter(found.values()), None)

@@ -62,8 +62,12 @@ def shardings_of(boxed_params, mesh: Mesh):
     """Return the tree of shardings of a tree of `Weight`s (arrays or their shapes).
 
     Raises:
-      InputError: a mesh axis does not divide an axis that it is to split; names both.
+      InputError: the mesh has not the axes of `MESH_AXES`, or one does not divide an axis that it
+        is to split; names both.
     """
+    if set(mesh.axis_names) != set(MESH_AXES):
+        found = ", ".join(map(str, mesh.axis_names))
+        raise InputError(f"mesh: expected axes {', '.join(MESH_AXES)}, got {found}; use make_mesh")
 
     def sharding(path, weight: Weight) -> NamedSharding:
         for axis, size in zip(weight.axes, weight.value.shape, strict=True):

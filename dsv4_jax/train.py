@@ -27,11 +27,12 @@ from dsv4_jax.data import (
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import check_writable, closing, write_atomically
 from dsv4_jax.infer import generate
-from dsv4_jax.log import RunLog, duration, say, timed
+from dsv4_jax.log import RunLog
 from dsv4_jax.model import param_shapes
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
+from dsv4_jax.terminal import duration, say, timed
 from dsv4_jax.train_step import (
     TrainState,
     abstract_state,

@@ -14,7 +14,7 @@ from dsv4_jax import cli
 from dsv4_jax.convert.convert import FORMATS, convert
 from dsv4_jax.convert.save import MAX_SHARD_BYTES
 from dsv4_jax.convert.storage import DTYPES
-from dsv4_jax.log import duration, say
+from dsv4_jax.terminal import say
 
 INPUT = flags.DEFINE_string(
     "input", None, "folder of safetensors, of Orbax's files, or a training's workdir"
@@ -40,8 +40,7 @@ def main() -> None:
     for warning in report.warnings():
         say(f"warning: {warning}")
     if not DRY_RUN.value:
-        say(f"{OUTPUT.value}: {report.bytes / 1e9:.2f} GB in {duration(report.seconds)}, "
-            f"{report.bytes / report.seconds / 1e9:.2f} GB/s")
+        say(f"{OUTPUT.value}: {report.speed()}")
 
 
 if __name__ == "__main__":

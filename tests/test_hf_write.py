@@ -16,19 +16,13 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from dsv4_jax.config import ATTENTION_KINDS, CSA, HASH, HCA, LEARNED, MOE_KINDS, WINDOW, ModelConfig
 from dsv4_jax.errors import InputError
 from dsv4_jax.hf_keys import INFERENCE_STORAGE, QUANTIZATION, ROOT
-from dsv4_jax.hf_write import (
-    UNKNOWN,
-    Storage,
-    deepseek_config,
-    inference_config,
-    storage_of,
-    transformers_config,
-)
+from dsv4_jax.hf_storage import UNKNOWN, StorageKeys, storage_of
+from dsv4_jax.hf_write import deepseek_config, inference_config, transformers_config
 
-INSTRUCT = Storage(experts="fp4", linears="fp8")
-PLAIN = Storage()
+INSTRUCT = StorageKeys(experts="fp4", linears="fp8")
+PLAIN = StorageKeys()
 FLASH = RELEASED["flash"]
-BASE = Storage(experts="fp8", linears="fp8", scales="float32")
+BASE = StorageKeys(experts="fp8", linears="fp8", scales="float32")
 
 
 @st.composite
@@ -242,7 +236,8 @@ def test_nothing_is_shared_between_documents():
 
 
 @pytest.mark.parametrize(
-    "storage", [PLAIN, INSTRUCT, BASE, Storage(dtype="float32"), Storage(dtype="float16")], ids=str
+    "storage",
+    [PLAIN, INSTRUCT, BASE, StorageKeys(dtype="float32"), StorageKeys(dtype="float16")], ids=str,
 )
 def test_storage_comes_back(storage):
     for write in (transformers_config, deepseek_config):
@@ -252,14 +247,14 @@ def test_storage_comes_back(storage):
 
 
 def test_experts_alone_in_the_inference_format():
-    experts = Storage(experts="fp4")
+    experts = StorageKeys(experts="fp4")
     written = inference_config(FLASH, experts)
     assert (written["dtype"], written["expert_dtype"]) == ("bf16", "fp4")
     assert storage_of(written) == experts
 
 
 @pytest.mark.parametrize(
-    "storage", [INSTRUCT, BASE, Storage(experts="fp8", linears="fp8")], ids=str
+    "storage", [INSTRUCT, BASE, StorageKeys(experts="fp8", linears="fp8")], ids=str
 )
 def test_transformers_understands_the_storage(storage):
     theirs = FineGrainedFP8Config(**transformers_config(FLASH, storage)["quantization_config"])
@@ -350,23 +345,24 @@ UNSAID = {
     ),
     "experts unknown, inference": (
         inference_config, FLASH, dataclasses.replace(INSTRUCT, experts=UNKNOWN),
-        "Storage.experts: expected fp4 or what linears are (fp8)",
+        "StorageKeys.experts: expected fp4 or what linears are (fp8)",
     ),
     "linears alone": (
-        transformers_config, FLASH, Storage(linears="fp8"), "store both quantised or neither"
+        transformers_config, FLASH, StorageKeys(linears="fp8"), "store both quantised or neither"
     ),
     "ratios for inference": (
         inference_config, dataclasses.replace(FLASH, hca_ratio=64), INSTRUCT, "csa_ratio, hca_ratio"
     ),
     "float32 for inference": (
-        inference_config, FLASH, Storage(dtype="float32"), "Storage.dtype: expected the bfloat16"
+        inference_config, FLASH, StorageKeys(dtype="float32"),
+        "StorageKeys.dtype: expected the bfloat16",
     ),
     "experts unknown": (
         transformers_config, FLASH, dataclasses.replace(INSTRUCT, experts=UNKNOWN),
-        "Storage.experts: expected fp4, fp8 or None",
+        "StorageKeys.experts: expected fp4, fp8 or None",
     ),
     "experts alone": (
-        deepseek_config, FLASH, Storage(experts="fp4"), "store both quantised or neither"
+        deepseek_config, FLASH, StorageKeys(experts="fp4"), "store both quantised or neither"
     ),
     "too large": (
         transformers_config, dataclasses.replace(FLASH, vocab_size=2**31), PLAIN,
@@ -385,5 +381,5 @@ def test_what_a_format_cannot_say_is_refused(case):
 
 def test_storage_refuses_unknown_words():
     for field in ("dtype", "experts", "linears", "scales"):
-        with pytest.raises(InputError, match=f"Storage.{field}: expected one of"):
-            Storage(**{field: "int8"})
+        with pytest.raises(InputError, match=f"StorageKeys.{field}: expected one of"):
+            StorageKeys(**{field: "int8"})

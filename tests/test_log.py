@@ -9,7 +9,8 @@ from faults import small_files_only
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.log import METRICS_FILE, RunLog, duration
+from dsv4_jax.log import METRICS_FILE, RunLog
+from dsv4_jax.terminal import duration
 
 
 def events_of(workdir) -> list[Event]:

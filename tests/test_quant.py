@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4_jax.arrays import BFLOAT16, FLOAT32
 from dsv4_jax.errors import InputError
 from dsv4_jax.quant import (
-    BFLOAT16,
     E2M1,
     E4M3,
     E8M0,
-    FLOAT32,
     FP4,
     FP8,
     Block,

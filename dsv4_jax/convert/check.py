@@ -11,7 +11,8 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.names import SCALE_SUFFIXES, FileTensor, scale_name
 from dsv4_jax.convert.storage import FP4_CODES, FP8_CODES, form_of, stored_shapes
 from dsv4_jax.convert.table import EXPERT, INTEGER, LINEAR
-from dsv4_jax.convert.tensor_files import Entry, raise_all
+from dsv4_jax.convert.tensor_files import Entry
+from dsv4_jax.convert.untrusted import raise_all
 from dsv4_jax.errors import InputError, shown
 from dsv4_jax.quant import FP4, Format
 

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.convert.leaves import Leaf, leaf_slice, leaves_of
+from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaf_slice, leaves_of
 from dsv4_jax.convert.opening import PARAMS, open_checkpoint
 from dsv4_jax.convert.orbax_leaves import LeafPlan, write_leaves
+from dsv4_jax.convert.output import Output
 from dsv4_jax.convert.report import Report
 from dsv4_jax.convert.save import (
     DEEPSEEK,
     HF_FORMAT,
     MAX_SHARD_BYTES,
+    check_shard_bytes,
+    config_documents,
     items_of,
     storage_keys,
-    write_config,
 )
-from dsv4_jax.convert.shards import Item, Output, write_shards
-from dsv4_jax.convert.source import Source, about
-from dsv4_jax.convert.storage import INT32, PLAIN_DTYPES, Storage, check_dtype, target_storage
-from dsv4_jax.convert.table import INTEGER, Tensor
-from dsv4_jax.convert.tensor_files import checked_path
-from dsv4_jax.errors import InputError
-from dsv4_jax.files import explain_failed_write
-from dsv4_jax.log import say
-from dsv4_jax.quant import BFLOAT16
+from dsv4_jax.convert.shards import Item, write_shards
+from dsv4_jax.convert.source import Source, about, targets_of
+from dsv4_jax.convert.storage import DTYPES, PLAIN_DTYPES, Storage, dtype_name
+from dsv4_jax.convert.untrusted import checked_path
+from dsv4_jax.errors import InputError, shown
+from dsv4_jax.terminal import say
 
 ORBAX = "orbax"
 FORMATS = (HF_FORMAT, DEEPSEEK, ORBAX)
+KEPT = "kept from an earlier run"
 # Files that belong to a checkpoint and are copied as they are. Nothing of them is run or rendered.
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -54,104 +53,129 @@ def convert(
     finished files when it is started again.
 
     Args:
-      output: a folder that does not exist yet; not used by a dry run.
-      to: "hf", "deepseek" or "orbax"; not used by a dry run.
+      output: a folder that does not exist yet, or is empty; not used by a dry run.
+      to: "hf", "deepseek" or "orbax"; None in a dry run: as the input is stored.
       dtype: see `save_pretrained`; "orbax" has no quantised weights: there None makes bfloat16 of
         them.
-      dry_run: check names, shapes and dtypes of the input and count what would be written; no data
-        is read and nothing written.
+      dry_run: check names, shapes and dtypes of the input and whether the format can say them, and
+        count what would be written; no data is read and nothing written.
     Raises:
       InputError: one line with the path, the tensor and the reason.
     """
-    if not dry_run:
-        _check_arguments(to, dtype, max_shard_bytes)
-    opened = open_checkpoint(Path(source), skip_mtp=skip_mtp)
-    say(f"{source}: {opened.title}, {len(opened.source.tensors):,} weights")
-    report = Report()
-    for tensor in opened.source.tensors:
-        stored = opened.source.storage(tensor)
-        report.count(tensor, stored if dry_run else _written(tensor, stored, to, dtype))
+    dtype = _check_arguments(output, to, dtype, max_shard_bytes, dry_run)
+    folder = Path(source)
+    opened = open_checkpoint(folder, skip_mtp=skip_mtp)
+    tensors = opened.source.tensors
+    say(f"{source}: {opened.title}, {len(tensors):,} weights")
+    report, targets = Report(), _targets(opened.source, to, dtype)
+    for tensor in tensors:
+        report.count(tensor, targets[tensor.name])
+    if to is None:
+        return report
+    # All that can be refused is, before the first file is written.
+    keys = storage_keys(opened.source, targets)
+    format = HF_FORMAT if to == ORBAX else to
+    documents = config_documents(opened.source.config, keys, format, opened.config_json)
+    carried = {
+        name: checked_path(folder, name) for name in CARRIED if os.path.lexists(folder / name)
+    }
+    if to == ORBAX:
+        write = _orbax_writer(opened.source, targets, report)
+    else:
+        items = items_of(opened.source, to, targets, report.measure)
+        done = _progress(report)
+        write = partial(write_shards, items=items, max_shard_bytes=max_shard_bytes, done=done)
     if dry_run:
         return report
     plan = {
-        "input": str(Path(source).resolve()), "files": _describe_files(Path(source)), "to": to,
-        "dtype": dtype, "max_shard_bytes": max_shard_bytes, "skip_mtp": skip_mtp,
+        "input": str(folder.resolve()), "files": _describe((*opened.files, *carried.values())),
+        "to": to, "dtype": dtype, "max_shard_bytes": max_shard_bytes, "skip_mtp": skip_mtp,
     }
-    keys = storage_keys(opened.source, dtype)
-    folder = Output(Path(output), plan)
     start = time.perf_counter()
-    if to == ORBAX:
-        _write_orbax(folder, opened.source, dtype, report)
-    else:
-        items = items_of(opened.source, to, dtype, report.measure)
-        write_shards(folder, items, max_shard_bytes=max_shard_bytes, done=_progress())
-    for name in CARRIED:
-        if (Path(source) / name).is_file():
-            _copy(checked_path(Path(source), name), folder, name)
-    format = HF_FORMAT if to == ORBAX else to
-    write_config(folder, opened.source.config, keys, format, opened.config_json)
-    folder.finish()
+    with Output(Path(output), plan) as out:
+        write(out)
+        for name, path in carried.items():
+            out.write(name, [_read(path)])
+        for name, document in documents.items():
+            out.write_json(name, document)
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _check_arguments(to: str, dtype: str | None, max_shard_bytes: int) -> None:
-    if to not in FORMATS:
-        raise InputError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    check_dtype(dtype)
-    if to == ORBAX and dtype not in (None, *PLAIN_DTYPES):
-        raise InputError(f"dtype: expected one of {', '.join(PLAIN_DTYPES)} for orbax, got {dtype}")
-    if max_shard_bytes < 1:
-        raise InputError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
+def _check_arguments(
+    output: object, to: str | None, dtype: object, max_shard_bytes: int, dry_run: bool
+) -> str | None:
+    """Check what needs no input, and return the name of the dtype."""
+    if to not in FORMATS and not (dry_run and to is None):
+        raise InputError(f"to: expected one of {', '.join(FORMATS)}, got {shown(to)}")
+    name = dtype_name(dtype, PLAIN_DTYPES if to == ORBAX else DTYPES)
+    if to is None and name is not None:
+        raise InputError(f"to: expected one of {', '.join(FORMATS)} beside a dtype, got none")
+    if output is None and not dry_run:
+        raise InputError("output: expected a folder that does not exist yet, got none")
+    check_shard_bytes(max_shard_bytes)
+    return name
 
 
-def _written(tensor: Tensor, stored: Storage, to: str, dtype: str | None) -> Storage:
-    """Return how a tensor is written: Orbax's files have neither quantised weights nor int64."""
-    target = target_storage(tensor, stored, dtype)
+def _targets(source: Source, to: str | None, dtype: str | None) -> dict[str, Storage]:
+    """Return how tensors are written, by name: Orbax's files have no quantised weights."""
+    if to is None:
+        return {tensor.name: source.storage(tensor) for tensor in source.tensors}
+    targets = targets_of(source, dtype)
     if to != ORBAX:
-        return target
-    return Storage(BFLOAT16 if target.form else INT32 if tensor.kind == INTEGER else target.dtype)
+        return targets
+    return {
+        tensor.name: Storage(leaf_dtype(leaf, targets))
+        for leaf in leaves_of(source.config, source.tensors) for tensor, _ in leaf.parts
+    }  # fmt: skip
 
 
-def _describe_files(folder: Path) -> list:
-    """Return what tells whether a folder is still the same: names, sizes and times of its files."""
+def _describe(paths: Iterable[Path]) -> list:
+    """Return what tells whether files, and those of folders, are still the same."""
     found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            stat = path.stat()
-            found.append([str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns])
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
+            stat = file.stat()
+            found.append([str(file), stat.st_size, stat.st_mtime_ns])
     return found
 
 
-def _progress() -> Callable[[str, list[Item], bool], None]:
+def _progress(report: Report) -> Callable[[str, list[Item], bool], None]:
     """Say of every file how large and how fast it was."""
     start = time.perf_counter()
 
     def done(name: str, items: list[Item], kept: bool) -> None:
         nonlocal start
         size, now = sum(item.nbytes for item in items), time.perf_counter()
-        speed = "kept from an earlier run" if kept else f"{size / (now - start) / 1e9:.2f} GB/s"
+        report.kept_bytes += size if kept else 0
+        speed = KEPT if kept else f"{size / (now - start) / 1e9:.2f} GB/s"
         say(f"{name}: {len(items):,} tensors, {size / 1e9:.2f} GB, {speed}")
         start = now
 
     return done
 
 
-def _write_orbax(folder: Output, source: Source, dtype: str | None, report: Report) -> None:
-    """Write parameters as `Transformer` has them, stacked leaves slice by slice."""
+def _orbax_writer(
+    source: Source, targets: dict[str, Storage], report: Report
+) -> Callable[[Output], None]:
+    """Prepare to write parameters as `Transformer` has them, stacked leaves slice by slice."""
     plans = {
-        leaf.path: _leaf_plan(source, leaf, dtype, report)
+        leaf.path: _leaf_plan(source, leaf, leaf_dtype(leaf, targets), report)
         for leaf in leaves_of(source.config, source.tensors)
     }
-    with explain_failed_write(folder.folder, "output"):
-        shutil.rmtree(folder.folder / PARAMS, ignore_errors=True)  # of a run that was killed
-    write_leaves(folder.folder / PARAMS, plans)
+
+    def write(output: Output) -> None:
+        if output.has(PARAMS):
+            report.kept_bytes = report.bytes
+            say(f"{PARAMS}: {len(plans):,} arrays, {report.bytes / 1e9:.2f} GB, {KEPT}")
+        else:
+            write_leaves(output.folder / PARAMS, plans)
+
+    return write
 
 
-def _leaf_plan(source: Source, leaf: Leaf, dtype: str | None, report: Report) -> LeafPlan:
+def _leaf_plan(source: Source, leaf: Leaf, dtype: np.dtype, report: Report) -> LeafPlan:
     parts = {part.index: (tensor, part) for tensor, part in leaf.parts}
-    written = {_written(tensor, source.storage(tensor), ORBAX, dtype) for tensor, _ in leaf.parts}
-    dtype = np.dtype(jnp.result_type(*(storage.dtype for storage in written)))
 
     def read(index: tuple[int, ...]) -> np.ndarray:
         tensor, part = parts[index]
@@ -164,9 +188,8 @@ def _leaf_plan(source: Source, leaf: Leaf, dtype: str | None, report: Report) ->
     return LeafPlan(leaf.shape, dtype, leaf.stacked, read)
 
 
-def _copy(path: Path, folder: Output, name: str) -> None:
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; copy it again") from error
-    folder.write(name, data)

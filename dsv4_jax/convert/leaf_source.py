@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsv4_jax.arrays import FLOAT32
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.convert.leaves import Leaf, leaves_of
 from dsv4_jax.convert.quantized import Quantized
-from dsv4_jax.convert.source import about, check_values
-from dsv4_jax.convert.storage import BYTES, Storage
-from dsv4_jax.convert.table import Part, Tensor, tensors_of
-from dsv4_jax.convert.tensor_files import raise_all
-from dsv4_jax.quant import FLOAT32, Block
+from dsv4_jax.convert.source import WHOLE, about, check_values
+from dsv4_jax.convert.storage import BYTES, PLAIN_DTYPES, Storage, stored_shapes
+from dsv4_jax.convert.table import EXPERT, INTEGER, LINEAR, Part, Tensor, tensors_of
+from dsv4_jax.convert.untrusted import raise_all
+from dsv4_jax.errors import shown
+from dsv4_jax.quant import FP4, FP8, Block, check_scales
+
+FORMS = {LINEAR: (FP8,), EXPERT: (FP4, FP8)}  # that matrices may be quantised in, by kind
 
 
 class LeafSource:
@@ -23,7 +28,8 @@ class LeafSource:
     Args:
       leaves: by path, as "pairs/csa/attention/w_kv".
     Raises:
-      InputError: leaves are missing, unexpected or mis-shaped: all of them are in one error.
+      InputError: leaves are missing, unexpected, mis-shaped or mis-typed: all of them are in one
+        error.
     """
 
     def __init__(self, config: ModelConfig, leaves: Mapping[str, Any], where: str):
@@ -58,6 +64,18 @@ class LeafSource:
             check_values(block, tensor, self.config)
         return block
 
+    def read_scales(self, tensor: Tensor, index: tuple[slice, slice] = WHOLE) -> np.ndarray:
+        """Return scales of a quantised tensor, checked.
+
+        Raises:
+          InputError: a scale is not finite.
+        """
+        first = tensor.parts[0]
+        scales = self._leaves[first.path].block(first.index).scales[index]
+        with about(self.where(tensor)):
+            check_scales(scales)
+        return scales
+
     def read_part(self, tensor: Tensor, part: Part, index: tuple[slice, ...]) -> Block:
         """Return those values of a tensor that belong to a part of a leaf's slice, unchecked."""
         layout, _ = part.layout.restrict(index)
@@ -69,19 +87,34 @@ class LeafSource:
         return f"{self._where}: {tensor.parts[0].path}"
 
     def _check(self) -> None:
-        problems, expected = [], {}
-        for tensor in self.tensors:
-            for part in tensor.parts:
-                stack = expected.setdefault(part.path, (part.layout.sizes, []))[1]
-                stack.append(part.index)
-        for path, (sizes, indices) in expected.items():
-            if path not in self._leaves:
-                problems.append(f"{path}: missing")
-                continue
-            shape = tuple(max(index[axis] for index in indices) + 1 for axis in
-                          range(len(indices[0]))) + sizes  # fmt: skip
-            found = tuple(self._leaves[path].shape)
-            if found != shape:
-                problems.append(f"{path}: expected shape {list(shape)}, got {list(found)}")
-        problems += [f"{path}: unexpected" for path in self._leaves.keys() - expected.keys()]
+        problems, expected = [], {leaf.path: leaf for leaf in leaves_of(self.config, self.tensors)}
+        for path, leaf in expected.items():
+            problems += [f"{path}: {fault}" for fault in _faults(leaf, self._leaves.get(path))]
+        problems += [
+            f"{shown(path)}: unexpected" for path in self._leaves.keys() - expected.keys()
+        ]
         raise_all(Path(self._where), problems)
+
+
+def _faults(expected: Leaf, found: Any) -> Iterator[str]:
+    """Say what is wrong with a leaf."""
+    if found is None:
+        yield "missing"
+        return
+    tensor, _ = expected.parts[0]
+    if isinstance(found, Quantized):
+        stack = expected.shape[: expected.stacked]
+        shapes = [(*stack, *shape) for shape in stored_shapes(tensor.shape, found.form)]
+        arrays = (("codes", found.codes), ("scales", found.scales))
+        admitted = (*(form.name for form in FORMS.get(tensor.kind, ())), *PLAIN_DTYPES)
+        dtype = found.form.name
+    else:
+        shapes, arrays = [expected.shape], (("", found),)
+        admitted = ("int32", "int64") if tensor.kind == INTEGER else PLAIN_DTYPES
+        dtype = str(getattr(found, "dtype", type(found).__name__))
+    if dtype not in admitted:
+        yield f"expected {' or '.join(admitted)}, got {dtype}"
+        return
+    for shape, (name, array) in zip(shapes, arrays, strict=True):
+        if tuple(array.shape) != shape:
+            yield f"expected {name} shape {list(shape)}, got {list(array.shape)}".replace("  ", " ")

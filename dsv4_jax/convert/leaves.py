@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.arrays import BFLOAT16, contiguous, copy
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.check import check_table
 from dsv4_jax.convert.source import Source, about
-from dsv4_jax.convert.storage import INT32
+from dsv4_jax.convert.storage import INT32, Storage
 from dsv4_jax.convert.table import INTEGER, Layout, Part, Tensor, weights_of
-from dsv4_jax.quant import BFLOAT16, Block, contiguous, copy, decode
+from dsv4_jax.quant import Block, decode
 
 
 class Leaf(NamedTuple):
@@ -37,17 +38,15 @@ def leaves_of(config: ModelConfig, tensors: tuple[Tensor, ...]) -> list[Leaf]:
     ]
 
 
-def leaf_dtype(source: Source, leaf: Leaf, dtype: np.dtype | None) -> np.dtype:
-    """Return the dtype of a leaf.
+def leaf_dtype(leaf: Leaf, storages: Mapping[str, Storage]) -> np.dtype:
+    """Return the dtype of a leaf: bfloat16 of what is quantised, one that holds all of its tensors.
 
     Args:
-      dtype: that is wished for; None: bfloat16 of what is quantised, else as it is stored.
+      storages: of tensors, by name.
     """
     if leaf.parts[0][0].kind == INTEGER:
         return INT32
-    if dtype is not None:
-        return dtype
-    stored = {source.storage(tensor) for tensor, _ in leaf.parts}
+    stored = {storages[tensor.name] for tensor, _ in leaf.parts}
     return np.dtype(jnp.result_type(*{BFLOAT16 if s.form else s.dtype for s in stored}))
 
 

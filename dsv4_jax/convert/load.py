@@ -11,19 +11,19 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaves import Leaf, leaf_dtype, leaves_of, parts_in, read_leaf, sizes_of
 from dsv4_jax.convert.opening import open_checkpoint
 from dsv4_jax.convert.quantized import Quantized, code_dtypes
-from dsv4_jax.convert.source import FileSource, Source
-from dsv4_jax.convert.storage import PLAIN_DTYPES, stored_shapes
+from dsv4_jax.convert.source import FileSource
+from dsv4_jax.convert.storage import PLAIN_DTYPES, Storage, dtype_name, stored_shapes
 from dsv4_jax.convert.table import weights_of
 from dsv4_jax.errors import InputError
 from dsv4_jax.sharding import shardings_of, spec_of
+from dsv4_jax.terminal import say
 
 
 def load_pretrained(
@@ -52,42 +52,33 @@ def load_pretrained(
     Raises:
       InputError: one line with the path, the tensor and the reason.
     """
-    dtype = None if dtype is None else _checked_dtype(dtype)
+    name = dtype_name(dtype, PLAIN_DTYPES)
     opened = open_checkpoint(Path(path), skip_mtp=skip_mtp)
-    logging.info("%s: %s", path, opened.title)
+    say(f"{path}: {opened.title}")
     source = opened.source
     shardings = _shardings(source.config, mesh)
+    stored = {tensor.name: source.storage(tensor) for tensor in source.tensors}
+    wanted = stored if name is None else dict.fromkeys(stored, Storage(PLAIN_DTYPES[name]))
     params = {}
     for leaf in leaves_of(source.config, source.tensors):
-        load = _load_quantized if keep_quantized and _is_quantized(source, leaf) else _load_leaf
-        params[leaf.path] = load(source, leaf, dtype, shardings[leaf.path])
+        sharding = shardings[leaf.path]
+        if keep_quantized and _is_quantized(leaf, stored):
+            params[leaf.path] = _load_quantized(source, leaf, sharding)
+        else:
+            read = partial(read_leaf, source, leaf, dtype=leaf_dtype(leaf, wanted))
+            params[leaf.path] = _assemble(leaf.shape, sharding, read)
     return source.config, unflatten_dict(params, sep="/")
-
-
-def _checked_dtype(dtype) -> np.dtype:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in PLAIN_DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(PLAIN_DTYPES)} or None, got {dtype!r}")
-    return found
 
 
 def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
     weights = weights_of(config)
     if mesh is None:
-        return dict.fromkeys(weights, SingleDeviceSharding(jax.devices()[0]))
+        return dict.fromkeys(weights, jnp.zeros(()).sharding)  # of the default device
     return flatten_dict(shardings_of(unflatten_dict(weights, sep="/"), mesh), sep="/")
 
 
-def _load_leaf(source: Source, leaf: Leaf, dtype: np.dtype | None, sharding: Sharding) -> jax.Array:
-    read = partial(read_leaf, source, leaf, dtype=leaf_dtype(source, leaf, dtype))
-    return _assemble(leaf.shape, sharding, read)
-
-
-def _is_quantized(source: Source, leaf: Leaf) -> bool:
-    stored = {source.storage(tensor) for tensor, _ in leaf.parts}
+def _is_quantized(leaf: Leaf, storages: dict[str, Storage]) -> bool:
+    stored = {storages[tensor.name] for tensor, _ in leaf.parts}
     if len(stored) > 1 and any(storage.form for storage in stored):
         raise InputError(
             f"{leaf.path}: expected all of its tensors in one format, got several; load without "
@@ -96,7 +87,7 @@ def _is_quantized(source: Source, leaf: Leaf) -> bool:
     return next(iter(stored)).form is not None
 
 
-def _load_quantized(source: FileSource, leaf: Leaf, _, sharding: Sharding) -> Quantized:
+def _load_quantized(source: FileSource, leaf: Leaf, sharding: Sharding) -> Quantized:
     """Fill the codes and scales of a leaf, which keep the checkpoint's axes."""
     tensor, part = leaf.parts[0]
     storage = source.storage(tensor)
@@ -106,15 +97,13 @@ def _load_quantized(source: FileSource, leaf: Leaf, _, sharding: Sharding) -> Qu
     def read_codes(index: tuple[slice, ...]) -> np.ndarray:
         out = np.empty(sizes_of(index), np.uint8)
         for place, tensor, _ in parts_in(leaf, index):
-            out[place] = source.read_stored(tensor, index[leaf.stacked :]).values
+            out[place] = source.read_codes(tensor, index[leaf.stacked :])
         return out.view(dtypes[0])
 
     def read_scales(index: tuple[slice, ...]) -> np.ndarray:
         out = np.empty(sizes_of(index), storage.scales)
         for place, tensor, _ in parts_in(leaf, index):
-            nothing = (slice(0, 0), slice(0, 0))
-            scales = source.read_stored(tensor, nothing).scales
-            out[place] = scales[index[leaf.stacked :]]
+            out[place] = source.read_scales(tensor, index[leaf.stacked :])
         return out.view(dtypes[1])
 
     arrays = []

@@ -9,14 +9,17 @@ from typing import NamedTuple
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaf_source import LeafSource
 from dsv4_jax.convert.orbax_leaves import StoredLeaf, open_leaves
-from dsv4_jax.convert.source import FileSource, Source, about
+from dsv4_jax.convert.source import FileSource, Source, about, is_of_mtp, refuse_draft_heads
 from dsv4_jax.convert.table import EXPERT
-from dsv4_jax.convert.tensor_files import checked_path, parse_json
-from dsv4_jax.errors import InputError
-from dsv4_jax.hf_write import UNKNOWN, storage_of
+from dsv4_jax.convert.tensor_files import open_tensors
+from dsv4_jax.convert.untrusted import read_json
+from dsv4_jax.errors import InputError, shown
+from dsv4_jax.hf_config import without_mtp
+from dsv4_jax.hf_storage import UNKNOWN, storage_of
 from dsv4_jax.run_config import RunConfig
 
 CONFIG = "config.json"
+LARGEST_CONFIG = 1 << 20  # bytes
 PARAMS = "params"  # Orbax's folder in what a conversion wrote
 CHECKPOINTS = "checkpoints"  # in the workdir of a training
 
@@ -27,6 +30,7 @@ class Opened(NamedTuple):
     source: Source
     title: str  # of the format, for people
     config_json: dict  # a published configuration that came with it; empty for a workdir
+    files: tuple[Path, ...]  # files and folders that the source consists of
 
 
 def open_checkpoint(folder: Path, *, skip_mtp: bool = False) -> Opened:
@@ -36,18 +40,70 @@ def open_checkpoint(folder: Path, *, skip_mtp: bool = False) -> Opened:
       InputError: it is none of them, its configuration is refused, or its tensors are not those of
         the configuration.
     """
-    if (folder / CHECKPOINTS).is_dir():
-        return _open_workdir(folder, skip_mtp)
-    path = checked_path(folder, CONFIG)
-    document = parse_json(path, path.read_bytes())
-    config = ModelConfig.from_hf(folder)
-    if (folder / PARAMS).is_dir():
-        source = _leaf_source(config, open_leaves(folder / PARAMS), folder / PARAMS, skip_mtp)
-        return Opened(source, "parameters saved by Orbax", document)
-    source = FileSource(folder, config, skip_mtp=skip_mtp)
-    with about(str(path)):
+    try:
+        if (folder / CHECKPOINTS).is_dir():
+            return _open_workdir(folder, skip_mtp)
+        if (folder / PARAMS).is_dir():
+            return _open_params(folder, skip_mtp)
+        return _open_files(folder, skip_mtp)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {shown(str(error))}") from error
+
+
+def _open_files(folder: Path, skip_mtp: bool) -> Opened:
+    document = read_json(folder, CONFIG, LARGEST_CONFIG)
+    entries = open_tensors(folder)
+    if skip_mtp:
+        entries = {name: entry for name, entry in entries.items() if not is_of_mtp(name)}
+    else:
+        with about(str(folder)):
+            refuse_draft_heads(entries)
+    source = FileSource(folder, entries, _model_config(folder, document, skip_mtp))
+    with about(str(folder / CONFIG)):
         _check_declared(document, source)
-    return Opened(source, source.naming.title, document)
+    files = {entry.path for entry in entries.values()} | {folder / CONFIG}
+    return Opened(source, source.naming.title, document, tuple(sorted(files)))
+
+
+def _open_params(folder: Path, skip_mtp: bool) -> Opened:
+    document = read_json(folder, CONFIG, LARGEST_CONFIG)
+    config = _model_config(folder, document, skip_mtp)
+    source = _leaf_source(config, open_leaves(folder / PARAMS), folder / PARAMS, skip_mtp)
+    files = folder / CONFIG, folder / PARAMS
+    return Opened(source, "parameters saved by Orbax", document, files)
+
+
+def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
+    """Open the newest checkpoint of a training; the optimizer's state is left out."""
+    with about(str(folder / CONFIG)):
+        document = read_json(folder, CONFIG, LARGEST_CONFIG)
+        config = RunConfig.from_config_dict(document).model
+    steps = [int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdecimal()]
+    if not steps:
+        raise InputError(f"{folder / CHECKPOINTS}: expected a checkpoint, got none; train first")
+    state = folder / CHECKPOINTS / str(max(steps)) / "state"
+    prefix = "params/"
+    leaves = {
+        path.removeprefix(prefix): leaf
+        for path, leaf in open_leaves(state).items() if path.startswith(prefix)
+    }
+    source = _leaf_source(config, leaves, state, skip_mtp)
+    title = f"training checkpoint of step {max(steps)}"
+    return Opened(source, title, {}, (folder / CONFIG, state))
+
+
+def _model_config(folder: Path, document: dict, skip_mtp: bool) -> ModelConfig:
+    with about(str(folder / CONFIG)):
+        return ModelConfig.from_hf(without_mtp(document) if skip_mtp else document)
+
+
+def _leaf_source(
+    config: ModelConfig, leaves: dict[str, StoredLeaf], where: Path, skip_mtp: bool
+) -> LeafSource:
+    if skip_mtp:
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("mtp/")}
+    return LeafSource(config, leaves, str(where))
 
 
 def _check_declared(document: dict, source: Source) -> None:
@@ -61,29 +117,3 @@ def _check_declared(document: dict, source: Source) -> None:
             f"expert_dtype: expected {found}, as the experts are stored, got {declared.experts}; "
             "correct the file"
         )
-
-
-def _leaf_source(
-    config: ModelConfig, leaves: dict[str, StoredLeaf], where: Path, skip_mtp: bool
-) -> LeafSource:
-    if skip_mtp:
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-        leaves = {path: leaf for path, leaf in leaves.items() if not path.startswith("mtp/")}
-    return LeafSource(config, leaves, str(where))
-
-
-def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
-    """Open the newest checkpoint of a training; the optimizer's state is left out."""
-    path = checked_path(folder, CONFIG)
-    config = RunConfig.from_config_dict(parse_json(path, path.read_bytes())).model
-    steps = [int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdecimal()]
-    if not steps:
-        raise InputError(f"{folder / CHECKPOINTS}: expected a checkpoint, got none; train first")
-    state = folder / CHECKPOINTS / str(max(steps)) / "state"
-    prefix = "params/"
-    leaves = {
-        path.removeprefix(prefix): leaf
-        for path, leaf in open_leaves(state).items() if path.startswith(prefix)
-    }
-    source = _leaf_source(config, leaves, state, skip_mtp)
-    return Opened(source, f"training checkpoint of step {max(steps)}", {})

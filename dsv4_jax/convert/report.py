@@ -9,9 +9,11 @@ import statistics
 
 import numpy as np
 
+from dsv4_jax.arrays import FLOAT32
 from dsv4_jax.convert.storage import Storage, stored_bytes
 from dsv4_jax.convert.table import EXPERT, INTEGER, LINEAR, PLAIN, Tensor
-from dsv4_jax.quant import FLOAT32, Block, decode
+from dsv4_jax.quant import Block, absmax, decode
+from dsv4_jax.terminal import duration
 
 SAMPLE = 65_536  # values of one tensor at most that its statistics are taken from
 FEW = 64  # values below which a deviation says little
@@ -28,7 +30,7 @@ class Group:
     tensors: int = 0  # scales counted as tensors of their own
     bytes: int = 0
     stored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    count: int = 0  # values that the statistics are taken from
+    count: int = 0  # values that mean and deviation are taken from
     total: float = 0.0
     squares: float = 0.0
     absmax: float = 0.0
@@ -51,11 +53,13 @@ class Group:
 class Report:
     """Counts and statistics of tensors as they are written.
 
-    Statistics come from at most `SAMPLE` values of each tensor, in evenly spaced rows.
+    Mean and deviation come from at most `SAMPLE` values of each tensor, in evenly spaced rows; the
+    largest magnitude from all. What an earlier attempt has written is counted, and not measured.
     """
 
     def __init__(self):
         self.seconds = 0.0  # that the conversion took
+        self.kept_bytes = 0  # of files that an earlier attempt has left
         self.groups: dict[str, Group] = {}
         self._deviations: dict[str, dict[str, float]] = collections.defaultdict(dict)
 
@@ -76,7 +80,7 @@ class Report:
         group.count += values.size
         group.total += float(values.sum())
         group.squares += float(np.square(values).sum())
-        group.absmax = max(group.absmax, float(np.abs(values).max(initial=0.0)))
+        group.absmax = max(group.absmax, absmax(block))
         if tensor.kind in (LINEAR, EXPERT, PLAIN) and len(tensor.shape) == 2 and values.size > FEW:
             alike = re.sub(r"\d+", "N", tensor.name)
             self._deviations[alike][tensor.name] = float(values.std())
@@ -111,7 +115,16 @@ class Report:
             whole.bytes += group.bytes
         head = f"{'group':18} {'tensors':>8} {'bytes':>17} {'mean':>10} {'std':>9} {'absmax':>9}"
         rows = [group.line(name) for name, group in self.groups.items()]
-        return [f"{head} stored as (mean, std, absmax of a sample)", *rows, whole.line("all")]
+        return [f"{head} stored as (mean and std of a sample)", *rows, whole.line("all")]
+
+    def speed(self) -> str:
+        """Say how much was written, and how fast."""
+        written = self.bytes - self.kept_bytes
+        kept = f"; {self.kept_bytes / 1e9:.2f} GB of an earlier run were kept, not measured again"
+        return (
+            f"{written / 1e9:.2f} GB in {duration(self.seconds)}, "
+            f"{written / self.seconds / 1e9:.2f} GB/s{kept if self.kept_bytes else ''}"
+        )
 
 
 def sample(block: Block) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -13,12 +13,13 @@ import numpy as np
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.check import check_entries, check_table
 from dsv4_jax.convert.names import ORIGINAL, Naming, file_tensors, naming_of
-from dsv4_jax.convert.storage import VIEWED, Storage, form_of
+from dsv4_jax.convert.storage import VIEWED, Storage, form_of, target_storage
 from dsv4_jax.convert.table import INTEGER, Part, Tensor, tensors_of
-from dsv4_jax.convert.tensor_files import open_tensors
+from dsv4_jax.convert.tensor_files import Entry
 from dsv4_jax.errors import InputError, shown
-from dsv4_jax.quant import Block, check_block
+from dsv4_jax.quant import Block, check_block, check_codes, check_scales, may_overflow
 
+WHOLE = (slice(None), slice(None))
 DRAFT_HEADS = ("main_proj", "markov_head", "confidence_head")  # of DSpark checkpoints
 
 
@@ -34,11 +35,22 @@ class Source(Protocol):
     def read(self, tensor: Tensor) -> Block:
         """Return a tensor as it is stored, checked."""
 
+    def read_scales(self, tensor: Tensor, index: tuple[slice, slice] = WHOLE) -> np.ndarray:
+        """Return scales of a quantised tensor, checked."""
+
     def read_part(self, tensor: Tensor, part: Part, index: tuple[slice, ...]) -> Block:
         """Return what belongs to a part of a leaf's slice, unchecked."""
 
     def where(self, tensor: Tensor) -> str:
         """Return the place and name of a tensor, for messages."""
+
+
+def targets_of(source: Source, dtype: str | None) -> dict[str, Storage]:
+    """Return how each tensor is to be written, by its name; see `save_pretrained`."""
+    return {
+        tensor.name: target_storage(tensor, source.storage(tensor), dtype)
+        for tensor in source.tensors
+    }
 
 
 @contextlib.contextmanager
@@ -62,26 +74,18 @@ class FileSource:
     """A safetensors checkpoint, whose names, shapes and dtypes are checked when it is opened.
 
     Args:
-      skip_mtp: leave out the multi-token prediction block, of whatever kind it is.
+      entries: of the folder, by name: see `tensor_files.open_tensors`.
     Attributes:
       config: of what there is; without the prediction block where transformers left that out.
     Raises:
-      InputError: see `tensor_files.open_tensors` and `check.check_entries`; the prediction block is
-        of another kind.
+      InputError: see `check.check_entries`.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, *, skip_mtp: bool = False):
-        self.folder = folder
-        entries = open_tensors(folder)
-        mtp = {name for name in entries if name.startswith("mtp.")}
-        if skip_mtp:
-            entries = {name: entry for name, entry in entries.items() if name not in mtp}
-        else:
-            _refuse_draft_heads(folder, mtp)
+    def __init__(self, folder: Path, entries: Mapping[str, Entry], config: ModelConfig):
         with about(str(folder)):
             self.naming: Naming = naming_of(entries.keys(), tensors_of(config))
         # Transformers ignores the block when it loads and drops it when it saves.
-        if skip_mtp or (not mtp and self.naming is not ORIGINAL):
+        if self.naming is not ORIGINAL and not any(map(is_of_mtp, entries)):
             config = dataclasses.replace(config, num_nextn_predict_layers=0)
         self.config, self.tensors = config, tensors_of(config)
         files = file_tensors(self.naming, self.tensors)
@@ -123,18 +127,31 @@ class FileSource:
             picks[1] = np.unique(picks[1] // block.form.per_byte)  # whole bytes
         return _pick(block, picks)
 
-    def read_stored(self, tensor: Tensor, index: tuple[slice, slice]) -> Block:
-        """Return some rows and columns of a quantised tensor's codes, with all scales, checked.
+    def read_codes(self, tensor: Tensor, index: tuple[slice, slice]) -> np.ndarray:
+        """Return some rows and columns of a quantised tensor's stored bytes, checked.
 
         Raises:
-          InputError: a scale is not finite, or a value of these.
+          InputError: one is no number.
         """
         block = self._block(tensor)
-        sizes = zip(block.values.shape, index, strict=True)
-        block = _pick(block, [np.arange(size)[part] for size, part in sizes])
+        codes = block.values[index]
         with about(self.where(tensor)):
-            check_block(block)
-        return block
+            check_codes(codes, block.form)
+        return codes
+
+    def read_scales(self, tensor: Tensor, index: tuple[slice, slice] = WHOLE) -> np.ndarray:
+        """Return some rows and columns of a quantised tensor's scales, checked.
+
+        Raises:
+          InputError: a scale is not finite, or a product with it is not.
+        """
+        block = self._block(tensor)
+        scales = block.scales[index]
+        with about(self.where(tensor)):
+            check_scales(scales)
+            if may_overflow(scales, block.form):
+                check_block(block)
+        return scales
 
     def where(self, tensor: Tensor) -> str:
         """Return the file and name of a tensor, for messages."""
@@ -150,12 +167,20 @@ class FileSource:
         return Block(values, file.pick(self._scales[file.name].view(), index), form)
 
 
-def _refuse_draft_heads(folder: Path, names: set[str]) -> None:
-    found = sorted(name for name in names if any(mark in name for mark in DRAFT_HEADS))
+def is_of_mtp(name: str) -> bool:
+    """Say whether a tensor belongs to the multi-token prediction block, of whatever kind."""
+    return name.startswith("mtp.")
+
+
+def refuse_draft_heads(names: Iterable[str]) -> None:
+    """Raise an InputError if the prediction block is one of DSpark, by the name of a tensor."""
+    found = sorted(
+        name for name in names if is_of_mtp(name) and any(mark in name for mark in DRAFT_HEADS)
+    )
     if found:
         raise InputError(
-            f"{folder}: tensor {shown(found[0])}: expected DeepSeek-V4's multi-token prediction "
-            "block under mtp.*, got a DSpark draft head; leave it out by skip_mtp (--skip_mtp)"
+            f"tensor {shown(found[0])}: expected DeepSeek-V4's multi-token prediction block under "
+            "mtp.*, got a DSpark draft head; leave it out by skip_mtp (--skip_mtp)"
         )
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+from dsv4_jax.arrays import BFLOAT16, FLOAT32
 from dsv4_jax.convert.table import EXPERT, FLOAT, INTEGER, LINEAR, Tensor
-from dsv4_jax.errors import InputError
-from dsv4_jax.quant import (
-    BFLOAT16,
-    FLOAT32,
-    FP4,
-    FP8,
-    Block,
-    Format,
-    decode,
-    encode,
-    fp4_to_fp8,
-)
+from dsv4_jax.errors import InputError, shown
+from dsv4_jax.quant import FP4, FP8, Block, Format, decode, encode, fp4_to_fp8
 
 INT32, INT64, BYTES = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8)
 PLAIN_DTYPES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16), "float32": FLOAT32}
@@ -71,10 +64,20 @@ def stored_bytes(shape: tuple[int, ...], storage: Storage) -> list[tuple[str, in
     ]
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Raise an InputError unless weights can be converted to it, or it is None."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)} or None, got {dtype!r}")
+def dtype_name(dtype, admitted: Iterable[str] = DTYPES) -> str | None:
+    """Return the name of a dtype that weights are to have, given by name or as a dtype.
+
+    Raises:
+      InputError: it is not one of the admitted ones, or None.
+    """
+    name = dtype
+    if dtype is not None and not isinstance(dtype, str):
+        with contextlib.suppress(TypeError):
+            name = np.dtype(dtype).name
+    names = ", ".join(admitted)
+    if name is not None and name not in names.split(", "):
+        raise InputError(f"dtype: expected one of {names} or None, got {shown(dtype)}")
+    return name
 
 
 def released_storage(tensor: Tensor, *, base: bool = False) -> Storage:

@@ -7,9 +7,7 @@ ever opened.
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +15,14 @@ import numpy as np
 import safetensors
 
 from dsv4_jax.convert.storage import VIEWED
+from dsv4_jax.convert.untrusted import checked_path, parse_json, raise_all, read_json
 from dsv4_jax.errors import InputError, shown
-from dsv4_jax.hf_config import unique_keys
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 LARGEST_HEADER = 32 << 20  # bytes; all 145,116 tensors of V4-Pro in one file need 22 MB
 LARGEST_INDEX = 64 << 20  # bytes
-MOST_PARTS = 3 << 20  # of JSON: brackets, colons and commas; V4-Pro's header would have 1.8 million
 MOST_SHARDS = 10_000  # each is looked up on disk before any is opened
-SHOWN = 20  # problems named in one message
 
 
 class Entry(NamedTuple):
@@ -58,22 +54,6 @@ class Entry(NamedTuple):
             raise InputError(f"{self.path}: cannot be read: {error}; copy it again") from error
         data = np.frombuffer(mapped, np.uint8, self.nbytes, before)
         return data.view(dtype).reshape(self.shape)
-
-
-class CheckpointError(InputError):
-    """Several things are wrong with one checkpoint; the message shows the first of `problems`."""
-
-    def __init__(self, where: Path, problems: list[str]):
-        first = "; ".join(problems[:SHOWN])
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        super().__init__(f"{where}: {len(problems)} wrong: {first}{more}")
-        self.problems = tuple(problems)
-
-
-def raise_all(where: Path, problems: list[str]) -> None:
-    """Raise a CheckpointError if there are problems."""
-    if problems:
-        raise CheckpointError(where, problems)
 
 
 def open_tensors(folder: Path) -> dict[str, Entry]:
@@ -118,12 +98,8 @@ def _no_tensors(folder: Path, found: list[str]) -> str:
 
 def _read_index(index: Path) -> tuple[dict[str, str], int | None]:
     """Return the map from tensors to shards, and the bytes of all tensors if they are given."""
-    checked_path(index.parent, index.name)
-    size = index.stat().st_size
-    if size > LARGEST_INDEX:
-        raise InputError(f"{index}: expected at most {LARGEST_INDEX} bytes, got {size}")
-    document = parse_json(index, index.read_bytes())
-    if not isinstance(document, dict) or not isinstance(document.get("weight_map"), dict):
+    document = read_json(index.parent, index.name, LARGEST_INDEX)
+    if not isinstance(document.get("weight_map"), dict):
         raise InputError(f"{index}: expected an object with a weight_map, got none; copy it again")
     shards = document["weight_map"]
     for name, shard in shards.items():
@@ -184,36 +160,6 @@ def _open_indexed(folder: Path, shards: dict[str, str], total: int | None) -> di
             "the index again"
         )
     return entries
-
-
-def checked_path(folder: Path, name: str) -> Path:
-    """Return the path of a file of a folder, given by a name that is not to be trusted.
-
-    A link may lead elsewhere in the folder, or into the `blobs` of the Hugging Face cache that the
-    folder is a snapshot of.
-
-    Raises:
-      InputError: it is no plain name of a file in the folder.
-    """
-    quoted = shown(name)
-    plain = name == os.path.basename(name) and "\\" not in name and name not in ("", ".", "..")
-    if not plain or not name.isprintable():  # control characters would break messages up
-        raise InputError(f"{quoted}: expected the name of a file in {folder}, got no such name")
-    path = folder / name
-    try:
-        target = path.resolve(strict=True)
-        is_file = target.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # also no path at all, or a loop
-        raise InputError(f"{quoted}: expected a file in {folder}, got none; copy it") from error
-    if not is_file:
-        raise InputError(f"{quoted}: expected a file in {folder}, got something else; copy it")
-    home = folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if target.parent not in (home, blobs):
-        raise InputError(
-            f"{quoted}: expected a file in {folder}, got a link out of it; replace it by the file"
-        )
-    return path
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -308,21 +254,3 @@ def _fault_of_entry(info: object) -> str:
 
 def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 64 for v in values)
-
-
-def parse_json(path: Path, text: bytes):
-    """Parse JSON in UTF-8, refusing keys that occur twice.
-
-    Raises:
-      InputError: it is no JSON, or would take far more memory than the file has bytes.
-    """
-    count = sum(map(text.count, (b"{", b"[", b":", b",")))
-    if count > MOST_PARTS:
-        raise InputError(f"{path}: expected JSON of at most {MOST_PARTS} parts, got {count}")
-
-    try:
-        return json.loads(text.decode(), object_pairs_hook=unique_keys)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON: {shown(str(error))}") from error
