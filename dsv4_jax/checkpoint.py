@@ -13,11 +13,15 @@ import orbax.checkpoint as ocp
 
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import check_writable
+from dsv4_jax.params import path_name
 
 # What a run may not change when it continues: these shape the state or the order of the data.
 FIXED_KEYS = ("model", "data.source", "data.text_field", "data.tokenizer", "data.seq_len",
               "data.batch_size", "data.seed", "data.held_out_fraction", "optimizer.name",
               "optimizer.train_indexer")
+# Else an array of one device is one chunk, of up to 2 GB, and to read a layer is to read all of it.
+CHUNK_BYTES = 64 * 2**20
+STACKS = ("pairs", "experts")  # names of subtrees whose arrays are stacks
 
 
 class Checkpoints:
@@ -59,7 +63,7 @@ class Checkpoints:
         # The place is the same on every host, so it is plain JSON, not grain's file per host: a
         # run may go on with another number of hosts.
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(state, jax.tree_util.tree_map_with_path(_chunked, state)),
             data=ocp.args.JsonSave(place),
             config=ocp.args.JsonSave(self._config),
         )
@@ -119,6 +123,12 @@ class Checkpoints:
         )
         with explained(f"cannot read the checkpoint {where}", remedy):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def _chunked(path: tuple, _) -> ocp.SaveArgs:
+    """Divide an array into chunks, each of one layer and one expert."""
+    stacked = sum(name in STACKS for name in path_name(path).split("/"))
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(stacked)))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
     python launch/convert.py --input=DIR --output=DIR --to=hf|deepseek|orbax [--dtype=bfloat16]
 
 The same command again finishes a conversion that was killed. `--dry_run` checks the input's names,
-shapes and dtypes without reading data.
+shapes and dtypes without reading data, and counts what would be written.
 """
 
 from __future__ import annotations

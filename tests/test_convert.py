@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,10 +33,12 @@ from dsv4_jax import (
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.convert.convert import convert
 from dsv4_jax.convert.leaves import leaves_of, read_leaf
+from dsv4_jax.convert.orbax_leaves import open_leaves
 from dsv4_jax.convert.output import Output
 from dsv4_jax.convert.shards import Item, write_shards
 from dsv4_jax.convert.source import FileSource
-from dsv4_jax.convert.tensor_files import open_tensors
+from dsv4_jax.convert.table import tensors_of
+from dsv4_jax.convert.tensor_files import open_tensors, read_header
 from dsv4_jax.sharding import MESH_AXES, make_mesh
 from dsv4_jax.train_step import init_state
 
@@ -220,6 +223,19 @@ def test_fp4_becomes_fp8_exactly(released, tmp_path):
     assert_trees_equal(load_pretrained(tmp_path / "fp8")[1], load_pretrained(released)[1])
 
 
+@pytest.mark.parametrize(("to", "dtype"), [
+    ("hf", None), ("deepseek", "fp8"), ("deepseek", "bfloat16"), ("orbax", None),
+])  # fmt: skip
+def test_dry_run_counts_what_a_conversion_writes(released, to, dtype, tmp_path):
+    report = convert(released, None, to=to, dtype=dtype, dry_run=True)
+    done = convert(released, tmp_path / "out", to=to, dtype=dtype)
+    for name, group in done.groups.items():
+        counted = report.groups[name]
+        assert (counted.tensors, counted.bytes) == (group.tensors, group.bytes)
+    if to != "orbax":
+        assert report.bytes == sum(e.nbytes for e in open_tensors(tmp_path / "out").values())
+
+
 def test_dry_run_counts_and_writes_nothing(released, tmp_path, monkeypatch):
     monkeypatch.setattr(FileSource, "_block", lambda *_: pytest.fail("data was read"))
     report = convert(released, None, to=None, dry_run=True)
@@ -241,6 +257,8 @@ def test_report_has_the_statistics_of_each_group(released, params, tmp_path):
     np.testing.assert_allclose(group.total / group.count, experts.mean(), atol=1e-9)
     np.testing.assert_allclose(group.std, experts.std(), rtol=1e-9)
     assert group.absmax == np.abs(experts).max()
+    copied = convert(released, tmp_path / "copied", to="deepseek")  # from codes and scales
+    assert copied.groups["experts"].absmax == group.absmax
     assert not report.warnings()
     lines = report.lines()
     assert any(line.startswith("experts") and f"{group.bytes:,}" in line for line in lines)
@@ -289,6 +307,82 @@ def test_killed_conversion_looks_unfinished_and_goes_on(params, tmp_path):
     assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
     assert_trees_equal(load_pretrained(output)[1], params)
     assert not partial.exists() and not (output / "conversion.json").exists()
+
+
+def stop_after(monkeypatch, name: str, count: int) -> None:
+    """Let a conversion be killed when it reads its next tensor."""
+    original, calls = getattr(FileSource, name), []
+
+    def read(*args):
+        calls.append(args)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(FileSource, name, read)
+
+
+def test_resuming_tells_what_it_kept_and_needs_the_same_input(released, tmp_path, monkeypatch):
+    shutil.copytree(released, tmp_path / "in")
+    flags = dict(to="hf", dtype="bfloat16", max_shard_bytes=100_000)
+    output = tmp_path / "in/out"  # also within the input
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after(patched, "read", 60)
+        convert(tmp_path / "in", output, **flags)
+    (tmp_path / "in/notes.txt").write_text("no part of a checkpoint")
+    whole = convert(released, tmp_path / "whole", **flags)
+    shards = sorted((tmp_path / "in/.out.partial").glob("*.safetensors"))
+    config = tmp_path / "in/config.json"
+    times = config.stat().st_atime_ns, config.stat().st_mtime_ns
+    os.utime(config)
+    with pytest.raises(InputError, match="expected an unfinished conversion of the same input"):
+        convert(tmp_path / "in", output, **flags)
+    os.utime(config, ns=times)
+    report = convert(tmp_path / "in", output, **flags)
+    assert len(shards) > 2
+    kept = sum(e.nbytes for shard in shards for e in read_header(output / shard.name).values())
+    assert report.kept_bytes == kept and report.bytes == whole.bytes
+    assert f"{(whole.bytes - kept) / 1e9:.2f} GB in" in report.speed()
+    assert "kept, not measured again" in report.speed()
+    assert report.groups["experts"].count < whole.groups["experts"].count
+    assert bytes_of(output) == bytes_of(tmp_path / "whole")
+
+
+def test_finished_orbax_parameters_are_kept(released, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Output, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        convert(released, tmp_path / "out", to="orbax")
+    assert (tmp_path / ".out.partial/params").is_dir()
+    monkeypatch.setattr(FileSource, "read", lambda *_: pytest.fail("read again"))
+    report = convert(released, tmp_path / "out", to="orbax")
+    assert report.kept_bytes == report.bytes
+    monkeypatch.undo()
+    assert_trees_equal(load_pretrained(tmp_path / "out")[1], load_pretrained(released)[1])
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_orbax_config_says_what_its_arrays_are(released, dtype, tmp_path):
+    convert(released, tmp_path / "out", to="orbax", dtype=dtype)
+    document = json.loads((tmp_path / "out/config.json").read_text())
+    assert document["dtype"] == (dtype or "bfloat16")
+    assert not {"quantization_config", "expert_dtype"} & document.keys()
+
+
+def test_what_cannot_be_said_is_refused_before_anything_is_written(params, released, tmp_path):
+    """Hash layers behind others, which DeepSeek's config.json cannot count; links that lead out."""
+    behind = dataclasses.replace(CONFIG, moe_types=CONFIG.moe_types[::-1])
+    save_pretrained(tmp_path / "in", behind, init_params(behind, jax.random.key(0)))
+    shutil.copytree(released, tmp_path / "linked")
+    (tmp_path / "linked/LICENSE").symlink_to("/etc/passwd")
+    before = sorted(tmp_path.iterdir())
+    for source, expected in (("in", "hash layers only in front"), ("linked", "link out of it")):
+        for dry_run in (False, True):
+            with pytest.raises(InputError, match=expected):
+                convert(tmp_path / source, tmp_path / "out", to="deepseek", dry_run=dry_run)
+    with pytest.raises(InputError, match="hash layers only in front"):
+        save_pretrained(tmp_path / "out", behind, load_pretrained(tmp_path / "in")[1],
+                        format="deepseek")  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_unfinished_conversion_of_something_else_is_not_mixed_in(released, tmp_path):
@@ -398,6 +492,95 @@ def test_non_finite_parameters_are_refused_by_name(params, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+BAD_LEAVES = {
+    "float64": (lambda flat: flat.update(head=np.zeros(flat["head"].shape)), "head: expected bfl"),
+    "int8": (lambda flat: flat.update(head=flat["head"].astype("int8")), "float32, got int8"),
+    "table of floats": (
+        lambda flat: flat.update({TABLE: flat[TABLE].astype("float32")}),
+        "expected int32 or int64, got float32",
+    ),
+    "a number": (lambda flat: flat.update(head=1.0), "head: expected bfloat16 or float16 or float"),
+    "quantised norm": (
+        lambda flat: flat.update(final_norm=flat["layers_0/attention/w_kv"]),
+        "final_norm: expected bfloat16 or float16 or float32, got fp8",
+    ),
+    "codes": (
+        lambda flat: flat.update({KV: flat[KV].replace(codes=flat[KV].codes[:-1])}),
+        "w_kv: expected codes shape [16, 160], got [15, 160]",
+    ),
+    "scales": (
+        lambda flat: flat.update({KV: flat[KV].replace(scales=flat[KV].scales[:, :1])}),
+        "w_kv: expected scales shape [1, 2], got [1, 1]",
+    ),
+}  # fmt: skip
+TABLE, KV = "layers_0/moe/hash_table", "layers_0/attention/w_kv"
+
+
+@pytest.mark.parametrize("case", BAD_LEAVES)
+def test_leaves_of_other_kinds_are_refused(case, released, tmp_path):
+    edit, expected = BAD_LEAVES[case]
+    config, params = load_pretrained(released, keep_quantized=True)
+    flat = flatten_dict(params, sep="/")
+    edit(flat)
+    with pytest.raises(InputError) as caught:
+        save_pretrained(tmp_path / "out", config, unflatten_dict(flat, sep="/"))
+    assert expected in str(caught.value) and len(caught.value.problems) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_are_one_line(released, params, tmp_path):
+    out = tmp_path / "out"
+    mesh = jax.make_mesh((2,), ("x",))
+    for call, expected in {
+        "params": (lambda: save_pretrained(out, CONFIG, None), "params: expected a tree"),
+        "size": (lambda: save_pretrained(out, CONFIG, params, max_shard_bytes="5GB"), "'5GB'"),
+        "no size": (lambda: save_pretrained(out, CONFIG, params, max_shard_bytes=0), "got 0"),
+        "format": (lambda: save_pretrained(out, CONFIG, params, format=None), "format: expected"),
+        "dtype": (lambda: save_pretrained(out, CONFIG, params, dtype=np.int8), "dtype: expected"),
+        "load fp8": (lambda: load_pretrained(released, dtype="fp8"), "dtype: expected one of bfl"),
+        "mesh": (lambda: load_pretrained(released, mesh=mesh), "mesh: expected axes data, fsdp"),
+        "long": (lambda: load_pretrained(tmp_path / ("x" * 300)), "cannot be read"),
+        "no path": (lambda: load_pretrained("a\0b"), "expected a file in"),
+        "no output": (lambda: convert(released, None, to="hf"), "output: expected a folder"),
+        "to": (lambda: convert(released, out, to=None), "to: expected one of hf, deepseek"),
+    }.values():  # fmt: skip
+        with pytest.raises(InputError, match=expected) as caught:
+            call()
+        assert len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtypes_are_given_by_name_or_as_they_are(released, params, tmp_path):
+    save_pretrained(tmp_path / "name", CONFIG, params, dtype="bfloat16")
+    save_pretrained(tmp_path / "type", CONFIG, params, dtype=jnp.bfloat16)
+    assert bytes_of(tmp_path / "name") == bytes_of(tmp_path / "type")
+
+
+def test_default_device_is_where_parameters_go(released, capsys):
+    device = jax.devices()[3]
+    with jax.default_device(device):
+        _, loaded = load_pretrained(released, keep_quantized=True)
+    assert {leaf.device for leaf in jax.tree.leaves(loaded)} == {device}
+    assert f"{released}: DeepSeek's original names" in capsys.readouterr().out
+
+
+def test_unreadable_or_huge_config_is_refused(released, tmp_path, monkeypatch):
+    shutil.copytree(released, tmp_path / "in")
+    (tmp_path / "in/config.json").write_bytes(b" " * (1 << 20) + b"{}")
+    with pytest.raises(InputError, match="config.json: expected at most 1048576 bytes"):
+        load_pretrained(tmp_path / "in")
+    (tmp_path / "in/config.json").write_bytes(b"[]")
+    with pytest.raises(InputError, match="config.json: expected a JSON object"):
+        load_pretrained(tmp_path / "in")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(InputError, match="config.json: cannot be read: Permission denied"):
+        load_pretrained(released)
+
+
 def test_draft_head_of_another_kind_is_refused_or_skipped(params, tmp_path):
     without = dataclasses.replace(CONFIG, num_nextn_predict_layers=0)
     trunk = {key: leaf for key, leaf in params.items() if key != "mtp"}
@@ -420,7 +603,7 @@ def test_draft_head_of_another_kind_is_refused_or_skipped(params, tmp_path):
     assert_trees_equal(loaded, trunk)
 
 
-def test_base_models_scales_are_float32(params, tmp_path):
+def test_base_models_scales_are_float32(params, tmp_path, monkeypatch):
     """FP8 experts with float32 scales: values of an independent product, bytes kept."""
     save_pretrained(tmp_path / "fp8", CONFIG, params, format="deepseek", dtype="fp8")
     rng, items = np.random.default_rng(0), []
@@ -444,6 +627,14 @@ def test_base_models_scales_are_float32(params, tmp_path):
     config, kept = load_pretrained(tmp_path / "base", keep_quantized=True)
     save_pretrained(tmp_path / "kept", config, kept, format="deepseek")
     assert bytes_of(tmp_path / "kept") == bytes_of(tmp_path / "base")
+    # Scales stand before all values of their file: no reason to read these twice.
+    original, read = FileSource.read, []
+    monkeypatch.setattr(
+        FileSource, "read", lambda self, t: (read.append(t.name), original(self, t))[1]
+    )
+    convert(tmp_path / "base", tmp_path / "copied", to="deepseek")
+    assert bytes_of(tmp_path / "copied") == bytes_of(tmp_path / "base")
+    assert sorted(read) == sorted(tensor.name for tensor in tensors_of(CONFIG))
 
 
 def test_training_workdir_becomes_a_checkpoint(tmp_path):
@@ -456,6 +647,9 @@ def test_training_workdir_becomes_a_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", keep=2, config=config)
     checkpoints.save(3, state, {})
     checkpoints.close()
+    for path, leaf in open_leaves(tmp_path / "run/checkpoints/3/state").items():
+        stacked = ("pairs/" in path) + ("/experts/" in path)  # each layer and expert is by itself
+        assert leaf._store.chunk_layout.read_chunk.shape[:stacked] == (1,) * stacked, path
     convert(tmp_path / "run", tmp_path / "hf", to="hf")
     loaded, params = load_pretrained(tmp_path / "hf")
     assert loaded == dataclasses.replace(RUN.model, hash_seed=0)

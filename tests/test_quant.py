@@ -18,6 +18,7 @@ from dsv4_jax.quant import (
     FP4,
     FP8,
     Block,
+    absmax,
     check_block,
     decode,
     encode,
@@ -258,6 +259,26 @@ def test_damage_is_refused_in_decoding_and_in_copying(case):
     for refuse in (lambda: decode(block, FLOAT32), lambda: check_block(block)):
         with pytest.raises(InputError, match=reason):
             refuse()
+
+
+@given(data=st.data(), rows=st.integers(1, 300), pairs=st.integers(1, 150))
+@settings(max_examples=60, deadline=None)
+def test_absmax_is_that_of_all_decoded_values(data, rows, pairs):
+    """Whatever scales and codes are, also where the largest scale has small codes only."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    form = data.draw(st.sampled_from((FP4, FP8)))
+    low = data.draw(st.integers(0, 200))
+    block = random_block(rng, form, rows, 2 * pairs, (low, low + data.draw(st.integers(1, 40))))
+    keep = data.draw(st.sampled_from((0.0, 0.001, 0.1, 1.0)))
+    block.values[rng.random(block.values.shape) > keep] = 0
+    if form is FP8 and data.draw(st.booleans()):
+        shape = form.scales_shape((rows, 2 * pairs))
+        block = Block(block.values, rng.lognormal(size=shape).astype(np.float32), form)
+    assert absmax(block) == np.abs(decode(block, FLOAT64)).max()
+    for dtype in (BFLOAT16, FLOAT16, FLOAT32):
+        values = rng.normal(size=(rows, pairs)).astype(dtype)
+        assert absmax(Block(values)) == np.abs(values.astype(np.float64)).max()
+        assert absmax(Block(values.T)) == absmax(Block(values))
 
 
 def test_smallest_scale_is_valid():

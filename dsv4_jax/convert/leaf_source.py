@@ -102,19 +102,19 @@ def _faults(expected: Leaf, found: Any) -> Iterator[str]:
         yield "missing"
         return
     tensor, _ = expected.parts[0]
+    admitted, form = ("int32", "int64") if tensor.kind == INTEGER else tuple(PLAIN_DTYPES), None
+    dtype = str(getattr(found, "dtype", type(found).__name__))
     if isinstance(found, Quantized):
-        stack = expected.shape[: expected.stacked]
-        shapes = [(*stack, *shape) for shape in stored_shapes(tensor.shape, found.form)]
-        arrays = (("codes", found.codes), ("scales", found.scales))
-        admitted = (*(form.name for form in FORMS.get(tensor.kind, ())), *PLAIN_DTYPES)
-        dtype = found.form.name
-    else:
-        shapes, arrays = [expected.shape], (("", found),)
-        admitted = ("int32", "int64") if tensor.kind == INTEGER else PLAIN_DTYPES
-        dtype = str(getattr(found, "dtype", type(found).__name__))
+        form, dtype = found.form, found.form.name
+        admitted = (*(known.name for known in FORMS.get(tensor.kind, ())), *admitted)
     if dtype not in admitted:
         yield f"expected {' or '.join(admitted)}, got {dtype}"
         return
-    for shape, (name, array) in zip(shapes, arrays, strict=True):
+    stack = expected.shape[: expected.stacked]
+    shapes, arrays = [expected.shape], {"": found}
+    if form:
+        shapes = [(*stack, *shape) for shape in stored_shapes(tensor.shape, form)]
+        arrays = {"codes ": found.codes, "scales ": found.scales}
+    for (name, array), shape in zip(arrays.items(), shapes, strict=True):
         if tuple(array.shape) != shape:
-            yield f"expected {name} shape {list(shape)}, got {list(array.shape)}".replace("  ", " ")
+            yield f"expected {name}shape {list(shape)}, got {list(array.shape)}"

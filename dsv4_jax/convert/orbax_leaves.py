@@ -18,10 +18,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 
-from dsv4_jax.checkpoint import explained
+from dsv4_jax.checkpoint import CHUNK_BYTES, explained
 from dsv4_jax.errors import InputError
 
-CHUNK_BYTES = 64 * 2**20  # at most; what restores a part of an array reads whole chunks
 IN_FLIGHT_BYTES = 32 * 2**20  # of pieces of slices that are written at once, beside the next
 CACHED_CHUNKS = 4  # of a checkpoint that is read, counted in its largest chunks
 
@@ -200,8 +199,8 @@ def open_leaves(folder: Path) -> dict[str, StoredLeaf]:
         math.prod(leaf.storage.chunk_shape) * leaf.dtype.itemsize
         for leaf in arrays.values() if leaf.storage  # Orbax tells none of Python's numbers
     ]  # fmt: skip
-    # A chunk may hold many slices, up to 2 GB of them where one device held the whole array: those
-    # that are read from it in turn must not decode it each time.
+    # A chunk may hold many slices, up to 2 GB of them where another program wrote: those that are
+    # read from it in turn must not decode it each time.
     context = ts.Context(
         {"cache_pool": {"total_bytes_limit": CACHED_CHUNKS * max(chunks, default=0)}},
         parent=ocp.type_handlers.get_ts_context(use_ocdbt=is_ocdbt),
