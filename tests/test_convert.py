@@ -649,7 +649,9 @@ def test_training_workdir_becomes_a_checkpoint(tmp_path):
     checkpoints.close()
     for path, leaf in open_leaves(tmp_path / "run/checkpoints/3/state").items():
         stacked = ("pairs/" in path) + ("/experts/" in path)  # each layer and expert is by itself
-        assert leaf._store.chunk_layout.read_chunk.shape[:stacked] == (1,) * stacked, path
+        if leaf.shape:
+            chunk = leaf._store.chunk_layout.read_chunk.shape
+            assert chunk[:stacked] == (1,) * stacked, path
     convert(tmp_path / "run", tmp_path / "hf", to="hf")
     loaded, params = load_pretrained(tmp_path / "hf")
     assert loaded == dataclasses.replace(RUN.model, hash_seed=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -79,12 +80,7 @@ def convert(
     carried = {
         name: checked_path(folder, name) for name in CARRIED if os.path.lexists(folder / name)
     }
-    if to == ORBAX:
-        write = _orbax_writer(opened.source, targets, report)
-    else:
-        items = items_of(opened.source, to, targets, report.measure)
-        done = _progress(report)
-        write = partial(write_shards, items=items, max_shard_bytes=max_shard_bytes, done=done)
+    write = _writer(opened.source, to, targets, max_shard_bytes, report)
     if dry_run:
         return report
     plan = {
@@ -95,7 +91,9 @@ def convert(
     with Output(Path(output), plan) as out:
         write(out)
         for name, path in carried.items():
-            out.write(name, [_read(path)])
+            with _reading(path):
+                data = path.read_bytes()
+            out.write(name, [data])
         for name, document in documents.items():
             out.write_json(name, document)
     report.seconds = time.perf_counter() - start
@@ -134,9 +132,10 @@ def _describe(paths: Iterable[Path]) -> list:
     """Return what tells whether files, and those of folders, are still the same."""
     found = []
     for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
-            stat = file.stat()
-            found.append([str(file), stat.st_size, stat.st_mtime_ns])
+        with _reading(path):
+            for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
+                stat = file.stat()
+                found.append([str(file), stat.st_size, stat.st_mtime_ns])
     return found
 
 
@@ -155,10 +154,14 @@ def _progress(report: Report) -> Callable[[str, list[Item], bool], None]:
     return done
 
 
-def _orbax_writer(
-    source: Source, targets: dict[str, Storage], report: Report
+def _writer(
+    source: Source, to: str, targets: dict[str, Storage], max_shard_bytes: int, report: Report
 ) -> Callable[[Output], None]:
-    """Prepare to write parameters as `Transformer` has them, stacked leaves slice by slice."""
+    """Return what writes the tensors; until it is called nothing of them is read."""
+    if to != ORBAX:
+        items, done = items_of(source, to, targets, report.measure), _progress(report)
+        return partial(write_shards, items=items, max_shard_bytes=max_shard_bytes, done=done)
+    # Parameters as `Transformer` has them, stacked leaves slice by slice.
     plans = {
         leaf.path: _leaf_plan(source, leaf, leaf_dtype(leaf, targets), report)
         for leaf in leaves_of(source.config, source.tensors)
@@ -188,8 +191,9 @@ def _leaf_plan(source: Source, leaf: Leaf, dtype: np.dtype, report: Report) -> L
     return LeafPlan(leaf.shape, dtype, leaf.stacked, read)
 
 
-def _read(path: Path) -> bytes:
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        return path.read_bytes()
+        yield
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; copy it again") from error

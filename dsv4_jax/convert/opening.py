@@ -75,8 +75,8 @@ def _open_params(folder: Path, skip_mtp: bool) -> Opened:
 
 def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
     """Open the newest checkpoint of a training; the optimizer's state is left out."""
+    document = read_json(folder, CONFIG, LARGEST_CONFIG)
     with about(str(folder / CONFIG)):
-        document = read_json(folder, CONFIG, LARGEST_CONFIG)
         config = RunConfig.from_config_dict(document).model
     steps = [int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdecimal()]
     if not steps:
