@@ -9,8 +9,8 @@ import numpy as np
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.names import SCALE_SUFFIXES, FileTensor, scale_name
-from dsv4_jax.convert.storage import FP4_CODES, FP8_CODES, form_of, stored_shapes
-from dsv4_jax.convert.table import EXPERT, INTEGER, LINEAR
+from dsv4_jax.convert.storage import CODES, FORMS, form_of, stored_shapes
+from dsv4_jax.convert.table import INTEGER
 from dsv4_jax.convert.tensor_files import Entry
 from dsv4_jax.convert.untrusted import raise_all
 from dsv4_jax.errors import InputError, shown
@@ -18,10 +18,9 @@ from dsv4_jax.quant import FP4, Format
 
 FLOATS = ("BF16", "F16", "F32")
 ADMITTED = {
-    LINEAR: (*FP8_CODES, *FLOATS),
-    EXPERT: (*FP4_CODES, *FP8_CODES, *FLOATS),
-    INTEGER: ("I64", "I32"),
-}  # by kind; of all other kinds FLOATS
+    kind: (*(code for form in forms for code in CODES[form]), *FLOATS)
+    for kind, forms in FORMS.items()
+} | {INTEGER: ("I64", "I32")}  # by kind; of all other kinds FLOATS
 
 
 def check_entries(

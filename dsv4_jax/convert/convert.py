@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from dsv4_jax.convert.save import (
 from dsv4_jax.convert.shards import Item, write_shards
 from dsv4_jax.convert.source import Source, about, targets_of
 from dsv4_jax.convert.storage import DTYPES, PLAIN_DTYPES, Storage, dtype_name
-from dsv4_jax.convert.untrusted import checked_path
+from dsv4_jax.convert.untrusted import checked_path, explain_failed_read
 from dsv4_jax.errors import InputError, shown
 from dsv4_jax.terminal import say
 
@@ -91,7 +90,7 @@ def convert(
     with Output(Path(output), plan) as out:
         write(out)
         for name, path in carried.items():
-            with _reading(path):
+            with explain_failed_read(path):
                 data = path.read_bytes()
             out.write(name, [data])
         for name, document in documents.items():
@@ -132,7 +131,7 @@ def _describe(paths: Iterable[Path]) -> list:
     """Return what tells whether files, and those of folders, are still the same."""
     found = []
     for path in paths:
-        with _reading(path):
+        with explain_failed_read(path):
             for file in sorted(path.rglob("*")) if path.is_dir() else (path,):
                 stat = file.stat()
                 found.append([str(file), stat.st_size, stat.st_mtime_ns])
@@ -189,11 +188,3 @@ def _leaf_plan(source: Source, leaf: Leaf, dtype: np.dtype, report: Report) -> L
             return leaf_slice(block, part, dtype)
 
     return LeafPlan(leaf.shape, dtype, leaf.stacked, read)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; copy it again") from error

@@ -13,13 +13,11 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaves import Leaf, leaves_of
 from dsv4_jax.convert.quantized import Quantized
 from dsv4_jax.convert.source import WHOLE, about, check_values
-from dsv4_jax.convert.storage import BYTES, PLAIN_DTYPES, Storage, stored_shapes
-from dsv4_jax.convert.table import EXPERT, INTEGER, LINEAR, Part, Tensor, tensors_of
+from dsv4_jax.convert.storage import BYTES, FORMS, PLAIN_DTYPES, Storage, stored_shapes
+from dsv4_jax.convert.table import INTEGER, Part, Tensor, tensors_of
 from dsv4_jax.convert.untrusted import raise_all
 from dsv4_jax.errors import shown
-from dsv4_jax.quant import FP4, FP8, Block, check_scales
-
-FORMS = {LINEAR: (FP8,), EXPERT: (FP4, FP8)}  # that matrices may be quantised in, by kind
+from dsv4_jax.quant import Block, check_scales
 
 
 class LeafSource:
@@ -71,7 +69,7 @@ class LeafSource:
           InputError: a scale is not finite.
         """
         first = tensor.parts[0]
-        scales = self._leaves[first.path].block(first.index).scales[index]
+        scales = self._leaves[first.path].stored_scales(first.index)[index]
         with about(self.where(tensor)):
             check_scales(scales)
         return scales

@@ -12,8 +12,8 @@ from dsv4_jax.convert.orbax_leaves import StoredLeaf, open_leaves
 from dsv4_jax.convert.source import FileSource, Source, about, is_of_mtp, refuse_draft_heads
 from dsv4_jax.convert.table import EXPERT
 from dsv4_jax.convert.tensor_files import open_tensors
-from dsv4_jax.convert.untrusted import read_json
-from dsv4_jax.errors import InputError, shown
+from dsv4_jax.convert.untrusted import explain_failed_search, read_json
+from dsv4_jax.errors import InputError
 from dsv4_jax.hf_config import without_mtp
 from dsv4_jax.hf_storage import UNKNOWN, storage_of
 from dsv4_jax.run_config import RunConfig
@@ -40,14 +40,12 @@ def open_checkpoint(folder: Path, *, skip_mtp: bool = False) -> Opened:
       InputError: it is none of them, its configuration is refused, or its tensors are not those of
         the configuration.
     """
-    try:
+    with explain_failed_search(folder):
         if (folder / CHECKPOINTS).is_dir():
             return _open_workdir(folder, skip_mtp)
         if (folder / PARAMS).is_dir():
             return _open_params(folder, skip_mtp)
         return _open_files(folder, skip_mtp)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read: {shown(str(error))}") from error
 
 
 def _open_files(folder: Path, skip_mtp: bool) -> Opened:

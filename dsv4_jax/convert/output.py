@@ -50,12 +50,12 @@ class Output:
             os.replace(self.path, self.folder)
 
     def __enter__(self) -> Output:
-        with explain_failed_write(self.folder, "output"):
+        with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / LOCK, "ab")  # closed at the exit
         try:
             self._take_lock()
-            with explain_failed_write(self.folder, "output"):
+            with self._explained():
                 self._start()
         except BaseException:
             self._lock.close()

@@ -31,9 +31,13 @@ class Quantized(struct.PyTreeNode):
 
     def block(self, index: tuple[int, ...]) -> Block:
         """Return the stored bytes of one matrix, on the host."""
-        codes, scales = np.asarray(self.codes[index]), np.asarray(self.scales[index])
-        scales = scales.view(np.uint8) if scales.dtype == E8M0 else scales
-        return Block(codes.view(np.uint8), scales, self.form)
+        codes = np.asarray(self.codes[index]).view(np.uint8)
+        return Block(codes, self.stored_scales(index), self.form)
+
+    def stored_scales(self, index: tuple[int, ...]) -> np.ndarray:
+        """Return the stored scales of one matrix, on the host."""
+        scales = np.asarray(self.scales[index])
+        return scales.view(np.uint8) if scales.dtype == E8M0 else scales
 
     def dequantize(self, dtype: jnp.dtype) -> jax.Array:
         """Return the weight; runs under `jit`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -10,10 +11,8 @@ import numpy as np
 
 from dsv4_jax.arrays import contiguous
 from dsv4_jax.convert.output import Output
+from dsv4_jax.convert.storage import VIEWED
 from dsv4_jax.convert.tensor_files import INDEX, SINGLE
-
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I32": 4,
-              "I64": 8}
 
 
 class Item(NamedTuple):
@@ -27,7 +26,7 @@ class Item(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return ITEM_BYTES[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
+        return VIEWED[self.dtype].itemsize * math.prod(self.shape)
 
 
 def _safetensors(items: list[Item]) -> Iterator:
@@ -35,7 +34,7 @@ def _safetensors(items: list[Item]) -> Iterator:
 
     Descending item sizes keep every tensor aligned, as the library's own writer does.
     """
-    items = sorted(items, key=lambda item: -ITEM_BYTES[item.dtype])
+    items = sorted(items, key=lambda item: -VIEWED[item.dtype].itemsize)
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for item in items:
         end = offset + item.nbytes

@@ -25,7 +25,8 @@ VIEWED = {
 }  # fmt: skip
 _WRITTEN = {FLOAT32: "F32", PLAIN_DTYPES["float16"]: "F16", BFLOAT16: "BF16", INT32: "I32",
             INT64: "I64"}  # fmt: skip
-FP4_CODES, FP8_CODES = ("I8", "U8"), ("F8_E4M3",)
+CODES = {FP4: ("I8", "U8"), FP8: ("F8_E4M3",)}  # dtypes of safetensors; the first is written
+FORMS = {LINEAR: (FP8,), EXPERT: (FP4, FP8)}  # that matrices may be quantised in, by kind
 
 
 class Storage(NamedTuple):
@@ -38,15 +39,14 @@ class Storage(NamedTuple):
 
 def form_of(dtype: str) -> Format | None:
     """Return the format that a safetensors dtype of codes stands for."""
-    return FP4 if dtype in FP4_CODES else FP8 if dtype in FP8_CODES else None
+    return next((form for form, codes in CODES.items() if dtype in codes), None)
 
 
 def written_dtypes(storage: Storage) -> tuple[str, ...]:
     """Return the safetensors dtypes of a tensor and, where it is quantised, of its scales."""
     if storage.form is None:
         return (_WRITTEN[storage.dtype],)
-    codes = (FP4_CODES if storage.form is FP4 else FP8_CODES)[0]
-    return codes, "F8_E8M0" if storage.scales == BYTES else "F32"
+    return CODES[storage.form][0], "F8_E8M0" if storage.scales == BYTES else "F32"
 
 
 def stored_shapes(shape: tuple[int, ...], form: Format | None) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,13 @@ import numpy as np
 import safetensors
 
 from dsv4_jax.convert.storage import VIEWED
-from dsv4_jax.convert.untrusted import checked_path, parse_json, raise_all, read_json
+from dsv4_jax.convert.untrusted import (
+    checked_path,
+    explain_failed_search,
+    parse_json,
+    raise_all,
+    read_json,
+)
 from dsv4_jax.errors import InputError, shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -63,10 +69,8 @@ def open_tensors(folder: Path) -> dict[str, Entry]:
       InputError: there is no safetensors checkpoint, only pickles; the index, a shard's name or a
         header is not what it must be; index and shards do not agree; something cannot be read.
     """
-    try:
+    with explain_failed_search(folder):
         return _open(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read: {shown(str(error))}") from error
 
 
 def _open(folder: Path) -> dict[str, Entry]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4_jax.errors import InputError, shown
@@ -27,6 +29,24 @@ def raise_all(where: Path, problems: list[str]) -> None:
     """Raise a CheckpointError if there are problems."""
     if problems:
         raise CheckpointError(where, problems)
+
+
+@contextlib.contextmanager
+def explain_failed_read(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which reads the file, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; copy it again") from error
+
+
+@contextlib.contextmanager
+def explain_failed_search(folder: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which looks at files in the folder, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {shown(str(error))}") from error
 
 
 def checked_path(folder: Path, name: str) -> Path:
@@ -69,13 +89,11 @@ def read_json(folder: Path, name: str, largest: int) -> dict:
         is no JSON object.
     """
     path = checked_path(folder, name)
-    try:
+    with explain_failed_read(path):
         size = path.stat().st_size
         if size > largest:
             raise InputError(f"{path}: expected at most {largest} bytes, got {size}")
         text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; copy it again") from error
     document = parse_json(path, text)
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a JSON object, got {shown(document)}; copy it again")
