@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import operator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +20,17 @@ from dsv4_jax.files import write_atomically
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TOKENIZER_FILE = "tokenizer.json"  # its name in a run's workdir
 
-_BYTES = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))  # the 256 bytes as BPE spells them
-_BYTE_FF = "ÿ"  # byte 0xff as BPE spells it; it is never part of UTF-8
+# BPE spells printable bytes as themselves and the others, in their order, from character 256 on.
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + index): byte for index, byte in enumerate(sorted({*range(256)} - _PRINTABLE))
+}
+_BYTES = tuple(sorted(_BYTE_OF_CHARACTER))
+_NO_BYTE = b"\xff"  # never part of UTF-8
 _PART = 1 << 18  # characters that are encoded at once: longer documents are cut
+_CUT_WITHIN = 1024  # characters before the end of a part in which it may be cut
+# Byte-level BPE joins no letter with a space or punctuation behind it.
+_CUT = re.compile(r"[^\W\d_](?=[ \n.,;:!?。，、；：！？])")
 _PARTS_AT_ONCE = 256  # bounds the memory of the library's results
 _TRAINING_CHARACTERS = 8_000_000  # more text makes hardly better merges, but takes longer
 # Whatever a lossy tokenizer changes: spaces, line ends, case, composed and compatible characters.
@@ -41,6 +53,8 @@ class Tokenizer:
         self.specification = specification
         self._full = _build(specification, place)
         self._literal = _build(_without_control_tokens(specification), place)
+        added = self._full.get_added_tokens_decoder()
+        self._silent = frozenset(token_id for token_id, token in added.items() if token.special)
         self.bos_id = self._id_of(BOS, place)
         self.eos_id = self._id_of(EOS, place)
         for byte in _BYTES:
@@ -63,6 +77,26 @@ class Tokenizer:
             ) from error
         return np.concatenate([np.zeros(0, np.int32), *self._encode_parts(_parts(text))])
 
+    def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> np.ndarray:
+        """Return the int32 ids of a prompt in segments, as `encoding.render_messages` gives them.
+
+        The ids are those that the tokenizer has for the whole text, unless literal text holds the
+        name of a control token: that stays text.
+
+        Args:
+          segments: texts, each with whether it is a control token of the prompt's format.
+        Raises:
+          InputError: the tokenizer has no such control token, or a text has no UTF-8 form.
+        """
+        pieces = [np.zeros(0, np.int32)]
+        for is_control, group in itertools.groupby(segments, operator.itemgetter(1)):
+            texts = [text for text, _ in group]
+            if is_control:
+                pieces.append(np.array([self._control_id(text) for text in texts], np.int32))
+            else:
+                pieces.append(self.encode("".join(texts)))
+        return np.concatenate(pieces)
+
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the int32 ids of each document as BOS, its text, EOS, on all cores."""
         cut = [_parts(text) for text in texts]
@@ -71,15 +105,36 @@ class Tokenizer:
         return [np.concatenate([bos, *(next(encoded) for _ in parts), eos]) for parts in cut]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of ids, BOS and EOS left out.
+        """Return the text of ids, BOS, EOS and other special tokens left out.
 
         An id that has no token becomes U+FFFD, as does any piece of a character: a model may have
         more ids than its tokenizer.
         """
-        ids = np.asarray(ids, np.int64).tolist()
-        unknown = self._full.token_to_id(_BYTE_FF)
-        known = [i if i >= 0 and self._full.id_to_token(i) is not None else unknown for i in ids]
-        return self._full.decode(known, skip_special_tokens=True)
+        return b"".join(map(self.bytes_of, np.asarray(ids, np.int64).tolist())).decode(
+            errors="replace"
+        )
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that an id adds to the text that `decode` gives."""
+        if token_id in self._silent:
+            return b""
+        known = 0 <= token_id < self.vocab_size
+        token = self._full.id_to_token(token_id) if known else None
+        if token is None:
+            return _NO_BYTE
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:  # a control token is spelled as text
+            return token.encode()
+
+    def _control_id(self, token: str) -> int:
+        found = self._full.token_to_id(token)
+        if found is None:
+            raise InputError(
+                f"the tokenizer: expected DeepSeek-V4's control token {token!r}, but it has none, "
+                "so it is not V4's; use the tokenizer.json of a V4 model"
+            )
+        return found
 
     def _encode_parts(self, parts: Sequence[str]) -> Iterator[np.ndarray]:
         for first in range(0, len(parts), _PARTS_AT_ONCE):
@@ -95,6 +150,26 @@ class Tokenizer:
                 f"{token!r}; use a DeepSeek tokenizer or let the run train its own"
             )
         return found
+
+
+class TextStream:
+    """Turn ids that come one after the other into text, as soon as its characters are complete.
+
+    All texts together are what `Tokenizer.decode` gives for all ids together. (The library's
+    `DecodeStream` takes quadratic time over ids that make no character.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, ids: Iterable[int]) -> str:
+        """Return the text that these ids complete, which may be none."""
+        return self._decoder.decode(b"".join(self._tokenizer.bytes_of(int(i)) for i in ids))
+
+    def end(self) -> str:
+        """Return what is left: U+FFFD if the last character is not complete."""
+        return self._decoder.decode(b"", final=True)
 
 
 def tokenizer_of_run(
@@ -160,7 +235,17 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
 
 
 def _parts(text: str) -> list[str]:
-    return [text[first : first + _PART] for first in range(0, len(text), _PART)]
+    """Cut a text so that, if there are words and sentences, the ids are those of the whole."""
+    parts, first = [], 0
+    while first < len(text):
+        end = first + _PART
+        if end < len(text):
+            start = max(first, end - _CUT_WITHIN)
+            cuts = [start + match.end() for match in _CUT.finditer(text[start : end + 1])]
+            end = cuts[-1] if cuts else end
+        parts.append(text[first:end])
+        first = end
+    return parts
 
 
 def _build(specification: str, place: str) -> tokenizers.Tokenizer:
