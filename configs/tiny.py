@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
             "csa": "dense",  # the indexer is untrained, so CSA sees all of its entries
             "moe": "auto",
             "scan_unroll": 1,
+            "cache": "float32",
+            "batch_invariant": False,
         },
         "data": {
             "source": "stdlib",

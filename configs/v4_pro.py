@@ -18,6 +18,8 @@ def get_config() -> ConfigDict:
             "csa": "dense",  # sparse only from 64K tokens on, after an indexer warm-up
             "moe": "auto",
             "scan_unroll": 1,
+            "cache": "float32",
+            "batch_invariant": False,
         },
         "data": {
             "source": "data",  # a directory of text; the report's data is not public

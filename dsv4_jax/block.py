@@ -7,6 +7,7 @@ from typing import NamedTuple
 from flax import linen as nn
 
 from dsv4_jax.attention import Attention, Places
+from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamMix, collapse, expand
@@ -37,7 +38,10 @@ class Block(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, streams: Streams, batch: Batch) -> tuple[Streams, RouterStats]:
+    def __call__(
+        self, streams: Streams, batch: Batch, cache: StackedCache | None = None
+    ) -> tuple[Streams, RouterStats, LayerCache | None]:
+        """Return the streams, the router's statistics and, with a cache, its stack updated."""
         c, eps = self.config, self.config.rms_norm_eps
         width, ones = (streams.shape[-1],), nn.initializers.ones
 
@@ -45,7 +49,7 @@ class Block(nn.Module):
         norm = param(self, "attention_norm", "width", width, ones)
         attention = Attention(c, self.runtime, self.attention_kind, name="attention")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
-        y = attention(x, batch.places[self.attention_kind])
+        y, kept = attention(x, batch.places[self.attention_kind], cache)
         streams = expand(streams, y, post, comb)
 
         pre, post, comb = StreamMix(c, 2 * self.layer + 1, name="moe_mix")(streams)
@@ -53,7 +57,7 @@ class Block(nn.Module):
         moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
         y, stats = moe(x, batch.tokens, batch.valid)
-        return expand(streams, y, post, comb), stats
+        return expand(streams, y, post, comb), stats, kept
 
 
 def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:

@@ -13,8 +13,10 @@ from dsv4_jax.errors import InputError
 
 WINDOW, CSA, HCA = "window", "csa", "hca"
 HASH, LEARNED = "hash", "learned"
+SERVED = "served"
 ATTENTION_KINDS = (WINDOW, CSA, HCA)
 MOE_KINDS = (HASH, LEARNED)
+CACHE_FORMATS = ("float32", "bfloat16", SERVED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,8 @@ class Runtime:
     csa: str = "sparse"  # CSA attends to "sparse" top-k entries or is "dense" over the visible
     moe: str = "auto"  # grouped expert products: "auto", "blocks" or "ragged"
     scan_unroll: int = 1  # layer pairs in one step of the scan over depth
+    cache: str = "float32"  # stored keys: "float32", "bfloat16" or "served" (FP8, FP4 index keys)
+    batch_invariant: bool = False  # inference: a row has the same bits whatever its batch
     mesh: jax.sharding.Mesh | None = None  # devices; None leaves placement to JAX
 
     @property
@@ -127,6 +131,7 @@ class Runtime:
         check_choice("Runtime.dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("Runtime.csa", self.csa, ("sparse", "dense"))
         check_choice("Runtime.moe", self.moe, ("auto", "blocks", "ragged"))
+        check_choice("Runtime.cache", self.cache, CACHE_FORMATS)
         if self.scan_unroll < 1:
             raise InputError(f"Runtime.scan_unroll: expected at least 1, got {self.scan_unroll}")
 

@@ -35,19 +35,23 @@ class Plan(NamedTuple):
 
 def routed_experts(
     x: Hidden, routing: Routing, weights: ExpertWeights, *, limit: float, implementation: str,
-    mesh: Mesh | None,
+    mesh: Mesh | None, invariant: bool = False,
 ) -> Hidden:
     """Return the weighted sum of each token's experts.
 
     Args:
+      routing: experts from 0 on; an id past the last expert stands for none.
       implementation: "blocks" gathers rows into blocks of one expert each and multiplies the
         blocks as a batch; "ragged" leaves the grouping to `lax.ragged_dot`; "auto" takes blocks
         on CPU, where ragged_dot computes every expert for every row.
       mesh: devices that share the experts ("expert"), their width ("tensor") and the tokens.
+      invariant: for inference: give a token the same bits whatever the number beside it.
     """
     if implementation == "auto":
         implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
-    compute = partial(_compute_experts, limit=limit, implementation=implementation)
+    compute = partial(
+        _compute_experts, limit=limit, implementation=implementation, invariant=invariant
+    )
     if mesh is None:
         return compute(x, *routing, weights).astype(x.dtype)
     rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert", None, "tensor")
@@ -72,15 +76,16 @@ def _exchange(compute, x, experts, gates, weights: ExpertWeights):
 
 def _compute_experts(
     x: Hidden, experts: Int[Array, "b t a"], gates: Float[Array, "b t a"],
-    weights: ExpertWeights, *, limit: float, implementation: str,
+    weights: ExpertWeights, *, limit: float, implementation: str, invariant: bool,
 ) -> Hidden:
     """Sum the experts held here; ids past the last of them contribute nothing. float32."""
     b, t, d = x.shape
     count, chosen = weights.gate.shape[0], experts.reshape(b * t, -1)
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     if implementation == "blocks":
-        plan, block_expert = _plan_blocks(chosen, count)
-        product = partial(_by_block, block_expert=block_expert)
+        size = _fixed_block_rows(b * t) if invariant else _block_rows(chosen.size, count)
+        plan, block_expert = _plan_blocks(chosen, count, size)
+        product = partial(_by_block, block_expert=block_expert, skip_empty=invariant)
     else:
         plan, sizes = _plan_groups(chosen, count)
         product = partial(_by_group, sizes=sizes)
@@ -103,21 +108,30 @@ def _by_group(expert, rows, row_gates, weights: ExpertWeights, *, sizes: Int[Arr
     return expert(product, rows, row_gates, weights)
 
 
-def _by_block(expert, rows, row_gates, weights: ExpertWeights, *, block_expert: Array):
-    """Run block after block, each with the weights of its one expert.
+def _by_block(
+    expert, rows, row_gates, weights: ExpertWeights, *, block_expert: Array, skip_empty: bool
+):
+    """Run block after block, each with the weights of its one expert; blocks of nobody are 0.
 
     Nothing between the products outlives its block, which stays in cache, forward and backward.
+    Few tokens leave most blocks empty, and skipping these saves reading weights. The gradient of
+    a skip would be an array of all weights for every block.
     """
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-    @jax.checkpoint
-    def run(block):
-        rows, row_gates, index = block
+    def run(rows, row_gates, index):
         return expert(product, rows, row_gates, jax.tree.map(lambda w: w[index], weights))
 
+    def run_or_skip(rows, row_gates, index):
+        empty = jnp.zeros(rows.shape, jnp.float32)
+        return jax.lax.cond(
+            index < weights.gate.shape[0], run, lambda *_: empty, rows, row_gates, index
+        )
+
+    run_block = jax.checkpoint(run_or_skip if skip_empty else run)
     count = block_expert.size
     blocks = (rows.reshape(count, -1, rows.shape[-1]), row_gates.reshape(count, -1), block_expert)
-    return jax.lax.map(run, blocks).reshape(rows.shape[0], -1)
+    return jax.lax.map(lambda block: run_block(*block), blocks).reshape(rows.shape[0], -1)
 
 
 def _plan_groups(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " e"]]:
@@ -131,12 +145,16 @@ def _plan_groups(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Arra
     return Plan(jnp.where(here[source], source, flat.size), place.reshape(experts.shape)), sizes
 
 
-def _plan_blocks(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " blocks"]]:
-    """Give every expert whole blocks of rows; return the plan and the expert of each block."""
+def _plan_blocks(
+    experts: Int[Array, "t a"], count: int, size: int
+) -> tuple[Plan, Int[Array, " blocks"]]:
+    """Give every expert whole blocks of `size` rows; return the plan and each block's expert.
+
+    A block of nobody has the id past the last expert.
+    """
     plan, sizes = _plan_groups(experts, count)
     slots = experts.size
-    size = _block_rows(slots, count)
-    rows = (slots // size + count) * size
+    rows = min(slots // size + count, slots) * size  # the most that any choice of experts needs
     blocks = -(-sizes // size)
     last_block = jnp.cumsum(blocks)
     shift = (last_block - blocks) * size - (jnp.cumsum(sizes) - sizes)
@@ -144,13 +162,22 @@ def _plan_blocks(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Arra
     place = jnp.where(plan.place == slots, rows, place)
     source = jnp.full(rows, slots).at[place.reshape(-1)].set(jnp.arange(slots), mode="drop")
     block_expert = jnp.searchsorted(last_block, jnp.arange(rows // size), side="right")
-    return Plan(source, place), jnp.minimum(block_expert, count - 1)
+    return Plan(source, place), block_expert
 
 
 def _block_rows(slots: int, experts: int) -> int:
     """Choose the rows of a block: at most 128, a matrix product that fits a CPU's cache; fewer
     where experts have few rows, as the last block of each is on average half empty."""
     return max(8, min(128, 2 ** (slots // experts).bit_length() // 2))
+
+
+def _fixed_block_rows(tokens: int) -> int:
+    """Choose them from two sizes alone, for few tokens and for many.
+
+    XLA on CPU has a kernel for products of 2 to about 32 rows and another for more; within each a
+    row's bits do not depend on how many there are.
+    """
+    return 8 if tokens <= 32 else 64
 
 
 # Moving token rows to expert rows and adding expert rows into token rows are each other's

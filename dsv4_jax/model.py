@@ -16,9 +16,11 @@ from dsv4_jax.attention.layout import (
     document_offsets,
     entry_layout,
     number_documents,
+    span_layout,
     tokens_ahead,
 )
 from dsv4_jax.block import Batch, block_class
+from dsv4_jax.cache import Cache, LayerCache, Span, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.errors import InputError
 from dsv4_jax.layers import rms_norm
@@ -27,7 +29,8 @@ from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.router import RouterStats
-from dsv4_jax.shapes import Hidden, Logits, Streams, Tokens
+from dsv4_jax.schedule import factor_schedule
+from dsv4_jax.shapes import Array, Bool, Hidden, Int, Logits, Streams, Tokens
 from dsv4_jax.sharding import constrain, shardings_of
 from dsv4_jax.token_ids import check_token_ids
 
@@ -43,24 +46,6 @@ class Features(NamedTuple):
     router: dict[str, RouterStats]  # by the path of the layer's block; scanned layers stacked
 
 
-def factor_schedule(config: ModelConfig) -> tuple[int, int]:
-    """Split the layers into a prelude and repeated pairs: return (prelude layers, pairs).
-
-    A pair is two layers of different attention kinds with learned routers; at least two equal
-    pairs must end the schedule, else every layer belongs to the prelude.
-    """
-    kinds = list(zip(config.layer_types, config.moe_types, strict=True))
-    first, second = kinds[-2:] if len(kinds) > 1 else (None, None)
-    if len(kinds) < 4 or first[0] == second[0] or {first[1], second[1]} != {LEARNED}:
-        return len(kinds), 0
-    pairs = 0
-    while kinds[len(kinds) - 2 * (pairs + 1) :][:2] == [first, second]:
-        pairs += 1
-        if 2 * (pairs + 1) > len(kinds):
-            break
-    return (len(kinds) - 2 * pairs, pairs) if pairs > 1 else (len(kinds), 0)
-
-
 class Pair(nn.Module):
     """Two layers of different attention kinds, the unit that is scanned over depth."""
 
@@ -69,24 +54,31 @@ class Pair(nn.Module):
     layer: int  # index of the first pair's first layer
 
     @nn.compact
-    def __call__(self, streams: Streams, batch: Batch) -> tuple[Streams, dict[str, RouterStats]]:
-        stats = {}
+    def __call__(
+        self, carry: tuple[Streams, dict[str, LayerCache] | None], pair: Int[Array, ""],
+        batch: Batch,
+    ) -> tuple[tuple[Streams, dict[str, LayerCache] | None], dict[str, RouterStats]]:
+        """Run pair number `pair` on the streams and on its layers of the caches, by their kind."""
+        (streams, caches), stats = carry, {}
         for layer in (self.layer, self.layer + 1):
             kind = self.config.layer_types[layer]
             block = block_class(self.runtime, scanned=True)(
                 self.config, self.runtime, kind, LEARNED, layer, name=kind
             )
-            streams, stats[kind] = block(streams, batch)
-        return streams, stats
+            cache = None if caches is None else StackedCache(caches[kind], pair)
+            streams, stats[kind], kept = block(streams, batch, cache)
+            caches = None if caches is None else caches | {kind: kept}
+        return (streams, caches), stats
 
 
 class Transformer(nn.Module):
     """DeepSeek-V4: embedding, layers on residual streams, head, multi-token prediction.
 
     `apply({"params": params}, tokens, segment_ids=None, positions=None)` returns float32 logits
-    [b, t, v]; `method="features"` returns `Features`.
+    [b, t, v]; `method="features"` returns `Features`. `method="extend"` reads tokens after those
+    that a cache has read.
 
-    Args of both:
+    Args of the first two:
       tokens: ids in [0, vocab_size). Values are checked where there are any: not under `jit`,
         where looking up another id gives some row or NaN; see `check_token_ids`.
       segment_ids: 0 is padding; documents are contiguous runs of one id above 0. None: each row
@@ -107,7 +99,6 @@ class Transformer(nn.Module):
     ) -> Logits:
         return self.features(tokens, segment_ids, positions, mtp=self.is_initializing()).logits
 
-    @nn.compact
     def features(
         self,
         tokens: Tokens,
@@ -115,48 +106,83 @@ class Transformer(nn.Module):
         positions: Tokens | None = None,
         mtp: bool = True,
     ) -> Features:
+        _check_inputs(self.config, tokens, segment_ids, positions)
+        batch = describe_documents(self.config, tokens, segment_ids, positions)
+        ahead = None
+        if mtp and self.config.num_nextn_predict_layers:
+            ahead = tokens_ahead(tokens, segment_ids, 1)
+        return self._run(batch, ahead, None)[0]
+
+    def extend(
+        self, tokens: Tokens, count: Int[Array, " b"], cache: Cache
+    ) -> tuple[Features, Cache]:
+        """Read tokens after those that the cache has read; each row is one document.
+
+        Args:
+          tokens: ids in [0, vocab_size), not checked.
+          count: how many of each row are tokens, from the first; the rest is padding, for which
+            the features mean nothing. Length and count together must not exceed what the cache
+            has been made for: what lies beyond is not stored.
+        """
+        span = Span(cache.length, count)
+        batch = describe_span(self.config, tokens, span)
+        features, layers = self._run(batch, None, cache.layers)
+        return features, cache._replace(length=span.start + span.count, layers=layers)
+
+    @nn.compact
+    def _run(
+        self, batch: Batch, ahead: tuple[Tokens, Bool[Array, "b t"]] | None,
+        caches: dict[str, LayerCache] | None,
+    ) -> tuple[Features, dict[str, LayerCache] | None]:
+        """Run the model; the prediction block, too, where the tokens ahead are given."""
         c, dtype = self.config, self.runtime.compute_dtype
-        _check_inputs(c, tokens, segment_ids, positions)
         table = param(self, "embedding", "vocab -> width", (c.vocab_size, c.hidden_size))
         head = param(self, "head", "width -> vocab", (c.hidden_size, c.vocab_size)).astype(dtype)
         final_norm = param(self, "final_norm", "width", (c.hidden_size,), nn.initializers.ones)
 
-        batch = _describe(c, tokens, segment_ids, positions)
-        x = self._constrain(table[tokens].astype(dtype))
-        streams = jnp.broadcast_to(x[:, :, None], (*tokens.shape, c.hc_mult, c.hidden_size))
-        streams, router = self._layers(streams, batch)
+        x = self._constrain(table[batch.tokens].astype(dtype))
+        streams = jnp.broadcast_to(x[:, :, None], (*batch.tokens.shape, c.hc_mult, c.hidden_size))
+        streams, router, caches = self._layers(streams, batch, caches)
         hidden = rms_norm(StreamHead(c, name="head_mix")(streams), final_norm, eps=c.rms_norm_eps)
         mtp_hidden = mtp_logits = None
-        if mtp and c.num_nextn_predict_layers:
-            after, exists = tokens_ahead(tokens, segment_ids, 1)
+        if ahead is not None:
+            after, exists = ahead
             embedded = jnp.where(exists[..., None], table[after], 0).astype(dtype)
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
             # A document's last token has nothing to predict here: its expert load is not counted.
             mtp_batch = batch._replace(tokens=after, valid=exists)
-            mtp_hidden, router["mtp/block"] = block(streams, embedded, mtp_batch)
+            mtp_hidden, router["mtp/block"], _ = block(streams, embedded, mtp_batch)
             mtp_logits = self._logits(mtp_hidden, head)
         logits = self._logits(hidden, head)
-        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, router)
+        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, router), caches
 
-    def _layers(self, streams: Streams, batch: Batch) -> tuple[Streams, dict[str, RouterStats]]:
+    def _layers(
+        self, streams: Streams, batch: Batch, caches: dict[str, LayerCache] | None
+    ) -> tuple[Streams, dict[str, RouterStats], dict[str, LayerCache] | None]:
         c, runtime = self.config, self.runtime
         prelude, pairs = factor_schedule(c)
-        router = {}
+        router, kept = {}, {}
         for layer in range(prelude):
             name = f"layers_{layer}"
             kinds = c.layer_types[layer], c.moe_types[layer]
             block = block_class(runtime)(c, runtime, *kinds, layer, name=name)
-            streams, router[name] = block(streams, batch)
+            cache = None if caches is None else StackedCache(caches[name], jnp.int32(0))
+            streams, router[name], kept[name] = block(streams, batch, cache)
             streams = self._constrain(streams)
         if pairs:
             scan = nn.scan(
-                Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=nn.broadcast,
+                Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=(0, nn.broadcast),
                 variable_axes={"params": 0}, split_rngs={"params": True},
                 metadata_params={},
             )
-            streams, stats = scan(c, runtime, prelude, name="pairs")(streams, batch)
+            kinds = c.layer_types[-2:]
+            of_pairs = None if caches is None else {kind: caches[f"pairs/{kind}"] for kind in kinds}
+            (streams, of_pairs), stats = scan(c, runtime, prelude, name="pairs")(
+                (streams, of_pairs), jnp.arange(pairs), batch
+            )
             router |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
-        return streams, router
+            kept |= {f"pairs/{kind}": cache for kind, cache in (of_pairs or {}).items()}
+        return streams, router, None if caches is None else kept
 
     def _logits(self, hidden: Hidden, head) -> Logits:
         """Sum in float32; factors are of the compute dtype, as those of the released head are."""
@@ -196,7 +222,7 @@ def _check_inputs(
             )
 
 
-def _describe(
+def describe_documents(
     config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, positions: Tokens | None
 ) -> Batch:
     """Work out, once for all layers, where tokens and compressed entries stand."""
@@ -206,9 +232,8 @@ def _describe(
     if positions is None:
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         positions = index if offsets is None else offsets
-    kinds = config.layer_types + (WINDOW,) * config.num_nextn_predict_layers
     places = {}
-    for kind in sorted(set(kinds)):
+    for kind in _kinds(config):
         freqs = frequencies(config, kind)
         at_query = rotation(positions, freqs)
         if kind == WINDOW:
@@ -220,3 +245,23 @@ def _describe(
         places[kind] = Places(at_query, at_entry, layout, segment_ids)
     valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
     return Batch(tokens, valid, places)
+
+
+def describe_span(config: ModelConfig, tokens: Tokens, span: Span) -> Batch:
+    """Work out the same for tokens that follow those that a cache has read."""
+    t = tokens.shape[1]
+    positions = span.start[:, None] + jnp.arange(t)
+    places = {}
+    for kind in _kinds(config):
+        freqs = frequencies(config, kind)
+        layout = at_entry = None
+        if kind != WINDOW:
+            layout = span_layout(span, t, config.ratio(kind))
+            at_entry = rotation(layout.start, freqs)
+        places[kind] = Places(rotation(positions, freqs), at_entry, layout, None, span)
+    return Batch(tokens, jnp.arange(t) < span.count[:, None], places)
+
+
+def _kinds(config: ModelConfig) -> list[str]:
+    """Return the attention kinds of all layers, that of the prediction block among them."""
+    return sorted({*config.layer_types, *(WINDOW,) * config.num_nextn_predict_layers})

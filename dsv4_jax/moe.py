@@ -41,6 +41,7 @@ class Experts(nn.Module):
         return routed_experts(
             x, routing, ExpertWeights(w_gate, w_up, w_down), limit=c.swiglu_limit,
             implementation=self.runtime.moe, mesh=self.runtime.mesh,
+            invariant=self.runtime.batch_invariant,
         )
 
 
@@ -90,6 +91,8 @@ class MoE(nn.Module):
         if self.kind != HASH:
             balance = sequence_balance(scores, c.num_experts_per_tok, valid)
         routing = route(scores, experts, c.routed_scaling_factor)
+        # Padding goes to the expert past the last, which does nothing.
+        routing = routing._replace(experts=jnp.where(valid[..., None], experts, count))
         y = Experts(c, self.runtime, name="experts")(x, routing)
         y = y + SharedExpert(c, name="shared")(x)
         return y, RouterStats(expert_load(experts, count, valid), balance)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.block import Batch, block_class
+from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
@@ -25,9 +26,10 @@ class MultiTokenPrediction(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, next_embedding: Hidden, batch: Batch
-    ) -> tuple[Hidden, RouterStats]:
-        """Return the vectors for the shared head, [b, t, d], and the layer's router statistics.
+        self, streams: Streams, next_embedding: Hidden, batch: Batch,
+        cache: StackedCache | None = None,
+    ) -> tuple[Hidden, RouterStats, LayerCache | None]:
+        """Return the vectors for the shared head, [b, t, d], and what the layer's block does.
 
         Args:
           streams: after the last layer of the main model.
@@ -47,7 +49,7 @@ class MultiTokenPrediction(nn.Module):
         block = block_class(self.runtime)(
             c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block"
         )
-        streams, stats = block(joined, batch)
+        streams, stats, kept = block(joined, batch, cache)
         final_norm = param(self, "final_norm", "width", (d,), ones)
         x = StreamHead(c, name="head_mix")(streams)
-        return rms_norm(x, final_norm, eps=c.rms_norm_eps), stats
+        return rms_norm(x, final_norm, eps=c.rms_norm_eps), stats, kept

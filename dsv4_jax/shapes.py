@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 Array = jax.Array | np.ndarray  # JAX takes NumPy's arrays wherever it takes its own
 Tokens = Int[Array, "b t"]
@@ -32,5 +32,5 @@ Logits = Float[Array, "b t v"]
 
 __all__ = [
     "Array", "Bool", "Entries", "Float", "Hidden", "Int", "Keys", "Logits", "Queries", "Streams",
-    "Tokens",
+    "Tokens", "UInt8",
 ]

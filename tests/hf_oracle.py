@@ -19,8 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from dsv4_jax.config import CSA, HASH, HCA, WINDOW, ModelConfig
-from dsv4_jax.model import factor_schedule, param_shapes
+from dsv4_jax.model import param_shapes
 from dsv4_jax.params import FROZEN_NAMES
+from dsv4_jax.schedule import factor_schedule
 
 torch.set_num_threads(1)  # tensors are tiny: a second thread costs more than it gains
 

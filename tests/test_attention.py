@@ -405,7 +405,7 @@ def test_entries_equal_a_loop(kind, ratio, ids, segment_ids):
     shapes = jax.eval_shape(functools.partial(run, compressor.init), jax.random.key(0))
     shapes = nn.meta.unbox(shapes)["params"]
     params = {name: normal(i, *shape.shape) for i, (name, shape) in enumerate(shapes.items())}
-    entries = quick_jit(functools.partial(run, compressor.apply))({"params": params})
+    entries, _ = quick_jit(functools.partial(run, compressor.apply))({"params": params})
     assert entries.shape == (ids.shape[0], ids.shape[1] // ratio, CONFIG.head_dim)
     for row, row_ids in enumerate(ids):
         expected = numpy_entries(x[row], params, row_ids, ratio, overlapping, freqs)

@@ -21,9 +21,10 @@ from dsv4_jax import ModelConfig, Runtime, Transformer, chunks, model, mtp
 from dsv4_jax.attention import core
 from dsv4_jax.block import Batch
 from dsv4_jax.config import CSA, HASH, HCA, LEARNED, WINDOW
-from dsv4_jax.model import factor_schedule, param_shapes
+from dsv4_jax.model import param_shapes
 from dsv4_jax.params import IN, Weight, merge, path_name, split_trainable
 from dsv4_jax.router import RouterStats
+from dsv4_jax.schedule import factor_schedule
 
 SAME_SUMS = 1e-5  # of the largest element: float32 sums of other order, through all layers
 BFLOAT16 = 0.05  # norm of the difference over norm: 8 bits through a few layers
@@ -287,8 +288,8 @@ class NoBlock(nn.Module):
     moe_kind: str
     layer: int
 
-    def __call__(self, streams, batch):
-        return streams, RouterStats(load=None, balance_loss=None)
+    def __call__(self, streams, batch, cache):
+        return streams, RouterStats(load=None, balance_loss=None), cache
 
 
 def test_prediction_joins_streams_and_next_embedding(monkeypatch):
@@ -298,7 +299,7 @@ def test_prediction_joins_streams_and_next_embedding(monkeypatch):
     monkeypatch.setattr(mtp, "block_class", lambda runtime: NoBlock)
     streams, embedded = rng.standard_normal((2, 3, n, d)), rng.standard_normal((2, 3, d))
     embedded[0, 2] = 0  # no next token
-    actual, _ = mtp.MultiTokenPrediction(FULL, Runtime()).apply(
+    actual, _, _ = mtp.MultiTokenPrediction(FULL, Runtime()).apply(
         {"params": params}, jnp.float32(streams), jnp.float32(embedded), Batch(None, None, {})
     )
 

@@ -10,8 +10,8 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 MODULES = (
-    "attention", "block", "chunks", "experts", "layers", "loss", "mhc", "moe", "model", "mtp",
-    "optimizer", "params", "rope", "router", "sharding", "train_step",
+    "attention", "block", "cache", "cache_format", "chunks", "experts", "layers", "loss", "mhc",
+    "moe", "model", "mtp", "optimizer", "params", "rope", "router", "sharding", "train_step",
 )  # fmt: skip
 
 # An int is a float, as in PEP 484.

@@ -7,16 +7,26 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.attention.compressor import Compressor
+from dsv4_jax.attention.cached import (
+    StoredEntries,
+    attend_all,
+    attend_best,
+    read_and_write_window,
+    sees_all_entries,
+    store_entries,
+)
+from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.core import all_visible, attend_hybrid, attend_window
 from dsv4_jax.attention.csa import attend_selected
 from dsv4_jax.attention.indexer import Indexer
 from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.cache import LayerCache, Span, StackedCache
+from dsv4_jax.cache_format import encode_entry, encode_index_key, round_entry
 from dsv4_jax.config import CSA, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
-from dsv4_jax.shapes import Array, Entries, Float, Hidden, Queries, Tokens
+from dsv4_jax.shapes import Array, Float, Hidden, Queries, Tokens
 from dsv4_jax.sharding import constrain
 
 
@@ -27,6 +37,7 @@ class Places(NamedTuple):
     at_entry: Rotation | None  # at the first token of each compressed block
     layout: EntryLayout | None
     segment_ids: Tokens | None
+    span: Span | None = None  # with a cache: where the tokens stand in their rows
 
 
 class Attention(nn.Module):
@@ -40,7 +51,10 @@ class Attention(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, x: Hidden, places: Places) -> Hidden:
+    def __call__(
+        self, x: Hidden, places: Places, cache: StackedCache | None = None
+    ) -> tuple[Hidden, LayerCache | None]:
+        """Return the output and, with a cache, the cache that has read x too."""
         c, dtype, d = self.config, x.dtype, x.shape[-1]
         heads, width, rank, groups = (
             c.num_attention_heads, c.head_dim, c.q_lora_rank, c.o_groups,
@@ -64,11 +78,14 @@ class Attention(nn.Module):
         q = constrain(rotate(q, places.at_query), "batch token heads head_width", self.runtime.mesh)
         kv = rms_norm(_project("btd,dk->btk", x, w_kv), kv_norm, eps=c.rms_norm_eps)
         kv = rotate(kv, places.at_query)
-        out = self._attend(x, q_rank, q, kv, sink, places)
+        if cache is None:
+            out, kept = self._attend(x, q_rank, q, kv, sink, places), None
+        else:
+            out, kept = self._attend_cached(x, q_rank, q, kv, sink, places, cache)
         out = rotate(out, places.at_query, inverse=True)
         out = out.reshape(*out.shape[:2], groups, per_group, width)
         out = _project("btghk,ghko->btgo", out, w_o_a)
-        return _project("btgo,god->btd", out, w_o_b).astype(dtype)
+        return _project("btgo,god->btd", out, w_o_b).astype(dtype), kept
 
     def _attend(self, x, q_rank, q, kv, sink, places: Places) -> Queries:
         """Run the core of this layer's kind."""
@@ -77,13 +94,13 @@ class Attention(nn.Module):
             return attend_window(
                 q, kv, sink, window=c.sliding_window, segment_ids=places.segment_ids
             )
-        entries = self._compress(x, places)
+        entries, _ = self._compressor()(x, places.layout, places.at_entry)
         common = dict(
             window=c.sliding_window, ratio=c.ratio(self.kind), layout=places.layout,
             segment_ids=places.segment_ids,
         )
         if self.kind == CSA:
-            index = Indexer(c, name="indexer")(
+            index, _ = self._indexer()(
                 x, q_rank, places.layout, places.at_query, places.at_entry
             )
             if self.runtime.csa == "sparse":
@@ -92,12 +109,43 @@ class Attention(nn.Module):
                 )
         return attend_hybrid(q, kv, entries, sink, choose=all_visible, **common)
 
-    def _compress(self, x: Hidden, places: Places) -> Entries:
+    def _attend_cached(self, x, q_rank, q, kv, sink, places: Places, cache: StackedCache):
+        """Run the core over what earlier calls have read and x; return its output and the cache."""
+        c, form = self.config, self.runtime.cache
+        (window, main, index), layer, span = cache.stack, cache.layer, places.span
+        earlier, window = read_and_write_window(window, layer, kv, span, c, form)
+        kv = round_entry(kv, c, form)
+        if self.kind == WINDOW:
+            out = attend_window(q, kv, sink, window=c.sliding_window, earlier=earlier)
+            return out, LayerCache(window, None, None)
+        layout, ratio = places.layout, c.ratio(self.kind)
+        entries, pending = self._compressor()(
+            x, layout, places.at_entry, EarlierTokens(main.pending, layer, span)
+        )
+        main = store_entries(main, layer, encode_entry(entries, c, form), pending, span, ratio)
+        common = dict(window=c.sliding_window, layout=layout, earlier=earlier)
+        stored = StoredEntries(main.entries, layer, c, form)
+        if self.kind == CSA:
+            asked, pending = self._indexer()(
+                x, q_rank, layout, places.at_query, places.at_entry,
+                EarlierTokens(index.pending, layer, span),
+            )
+            keys = encode_index_key(asked.keys, form)
+            index = store_entries(index, layer, keys, pending, span, ratio)
+            if self.runtime.csa == "sparse" and not sees_all_entries(c):
+                out = attend_best(q, kv, sink, stored, index.entries, asked, **common)
+                return out, LayerCache(window, main, index)
+        out = attend_all(q, kv, sink, stored, **common)
+        return out, LayerCache(window, main, index)
+
+    def _compressor(self) -> Compressor:
         c = self.config
-        compressor = Compressor(
+        return Compressor(
             c, c.ratio(self.kind), c.head_dim, overlapping=self.kind == CSA, name="compressor"
         )
-        return compressor(x, places.layout, places.at_entry)
+
+    def _indexer(self) -> Indexer:
+        return Indexer(self.config, name="indexer")
 
 
 def _project(form: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:

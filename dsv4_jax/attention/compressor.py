@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.attention.layout import EntryLayout, blocks_touched
+from dsv4_jax.cache import Pending, Span, write_ring
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
-from dsv4_jax.shapes import Array, Entries, Float, Hidden
+from dsv4_jax.shapes import Array, Entries, Float, Hidden, Int
+
+
+class EarlierTokens(NamedTuple):
+    """What a compressor needs of the tokens that earlier calls have read."""
+
+    pending: Pending
+    layer: Int[Array, ""]  # which of the stacked ones is meant
+    span: Span  # of the tokens of this call
 
 
 def pool(values: Float[Array, "b c p k"], gates: Float[Array, "b c p k"]) -> Entries:
@@ -41,9 +52,34 @@ def overlap(
     """
     before = blocks[:, :, :, 0]
     before = jnp.pad(before, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=fill)[:, :-1]
+    return _join_series(before, blocks[:, :, :, 1], layout, fill)
+
+
+def _join_series(before: Array, own: Array, layout: EntryLayout, fill: float) -> Array:
     if layout.has_previous is not None:
         before = jnp.where(layout.has_previous[..., None, None], before, fill)
-    return jnp.concatenate([before, blocks[:, :, :, 1]], axis=2)
+    return jnp.concatenate([before, own], axis=2)
+
+
+def open_blocks(
+    ring: Float[Array, "b s *rest"], new: Float[Array, "b t *rest"], start: Int[Array, " b"],
+    ratio: int, count: int, before: int,
+) -> Array:
+    """Return the blocks that new tokens may complete, [b, before + count, ratio, ...].
+
+    Args:
+      ring: what is kept of earlier tokens, at their position modulo the slots.
+      start: position of the first new token; its block is the first of `count`.
+      before: blocks wanted in front of it; where a row has none, their content is arbitrary.
+    """
+    slots, t = ring.shape[1], new.shape[1]
+    first = (start // ratio - before) * ratio
+    position = first[:, None] + jnp.arange((before + count) * ratio)
+    start = start[:, None]
+    slot = jnp.where(position < start, position % slots, slots + position - start)
+    joined = jnp.concatenate([ring, new], axis=1)
+    rows = jax.vmap(lambda row, i: row[i])(joined, jnp.minimum(slot, slots + t - 1))
+    return rows.reshape(rows.shape[0], before + count, ratio, *rows.shape[2:])
 
 
 class Compressor(nn.Module):
@@ -59,8 +95,15 @@ class Compressor(nn.Module):
     overlapping: bool
 
     @nn.compact
-    def __call__(self, x: Hidden, layout: EntryLayout, at: Rotation) -> Entries:
-        """Return the entries in the dtype of x; `at` is the rotation at each block's start."""
+    def __call__(
+        self, x: Hidden, layout: EntryLayout, at: Rotation, earlier: EarlierTokens | None = None
+    ) -> tuple[Entries, Pending | None]:
+        """Return the entries in the dtype of x, and the cache's pending tokens.
+
+        Args:
+          at: the rotation at each block's start.
+          earlier: what is kept of the rows' earlier tokens; None: there are none.
+        """
         d, series = x.shape[-1], (2,) * self.overlapping
         axes, bias_axes = ("series | width -> entry", "slot series entry")
         if not self.overlapping:
@@ -80,9 +123,33 @@ class Compressor(nn.Module):
             jnp.einsum(form, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
             for w in (w_kv, w_gate)
         )
-        values = take_blocks(values, layout, self.ratio)
-        gates = take_blocks(gates, layout, self.ratio) + bias
-        if self.overlapping:
-            values, gates = overlap(values, layout, 0.0), overlap(gates, layout, -jnp.inf)
+        if earlier is None:
+            pending = None
+            values = take_blocks(values, layout, self.ratio)
+            gates = take_blocks(gates, layout, self.ratio) + bias
+            if self.overlapping:
+                values, gates = overlap(values, layout, 0.0), overlap(gates, layout, -jnp.inf)
+        else:
+            values, gates, pending = self._with_earlier(values, gates, bias, layout, earlier)
         entries = rms_norm(pool(values, gates), norm, eps=self.config.rms_norm_eps)
-        return rotate(entries.astype(x.dtype), at)
+        return rotate(entries.astype(x.dtype), at), pending
+
+    def _with_earlier(self, values, gates, bias, layout: EntryLayout, earlier: EarlierTokens):
+        """Complete blocks that earlier tokens began; return blocks and what is pending now."""
+        pending, layer, span = earlier
+        position = span.start[:, None] + jnp.arange(values.shape[1])
+        gates = gates + bias[position % self.ratio]
+        count, before = blocks_touched(values.shape[1], self.ratio), int(self.overlapping)
+
+        def blocks(ring, new, fill):
+            taken = open_blocks(ring[layer], new, span.start, self.ratio, count, before)
+            if not self.overlapping:
+                return taken
+            return _join_series(taken[:, :-1, :, 0], taken[:, 1:, :, 1], layout, fill)
+
+        kept = Pending(
+            write_ring(pending.values, layer, values, span),
+            write_ring(pending.gates, layer, gates, span),
+        )
+        values = blocks(pending.values, values, 0.0)
+        return values, blocks(pending.gates, gates, -jnp.inf), kept

@@ -34,27 +34,45 @@ class Compressed(NamedTuple):
     mask: Bool[Array, "b z q c"]
 
 
+class Folded(NamedTuple):
+    """The softmax over entries that were taken in tiles, not yet divided by its total."""
+
+    top: Float[Array, "b z q h"]  # subtracted from the logits
+    total: Float[Array, "b z q h"]
+    out: Float[Array, "b z q h k"]
+
+
+class Earlier(NamedTuple):
+    """The keys of tokens that an earlier call has read."""
+
+    keys: Float[Array, "b w k"]  # w: at least the window
+    positions: Int[Array, "b w"]  # in any order; negative where there is no token
+    start: Int[Array, " b"]  # position of the first query
+
+
 class QueryBlocks(NamedTuple):
     """What belongs to queries, each leaf [b, z, q, ...] in blocks of q tokens."""
 
     q: Float[Array, "b z q h k"]
-    keys: Float[Array, "b z s k"]  # of the block and of its predecessor
+    keys: Float[Array, "b z s k"]  # of the block and of what comes before it
+    at_query: Int[Array, "b z q"]  # positions in the row
+    at_key: Int[Array, "b z s"]  # negative where there is no token
     segments: tuple[Array, Array] | None  # document of each query and of each of its key slots
     visible: tuple[Array, Array] | None  # range of compressed entries, first and end
     extra: tuple  # what the choice of entries needs per query
-    index: Int[Array, "b z"]  # number of the block in its row
 
 
-Choose = Callable[[tuple, Entries, Bool[Array, "b z q c"]], Compressed]
+# From queries to the compressed entries that they attend to.
+Choose = Callable[[QueryBlocks], Compressed | Folded]
 
 
 def attend_window(
-    q: Queries, keys: Keys, sink: Float[Array, " h"], *, window: int, segment_ids: Tokens | None
+    q: Queries, keys: Keys, sink: Float[Array, " h"], *, window: int,
+    segment_ids: Tokens | None = None, earlier: Earlier | None = None,
 ) -> Queries:
     """Attend each query to the last `window` tokens of its document, itself included."""
-    blocks = _to_blocks(q, keys, min(window, q.shape[1]), segment_ids, None, ())
-    out = _attend_stretch(blocks, None, sink, window, None)
-    return _from_blocks(out, q.shape[1])
+    blocks = _to_blocks(q, keys, window, segment_ids, None, (), earlier)
+    return _from_blocks(_attend_blocks(blocks, sink, window, None, 0), q.shape[1])
 
 
 def attend_hybrid(
@@ -67,7 +85,7 @@ def attend_hybrid(
     ratio: int,
     layout: EntryLayout,
     segment_ids: Tokens | None,
-    choose: Choose,
+    choose: Callable[[tuple, Entries, Bool[Array, "b z q c"]], Compressed],
     extra: tuple = (),
 ) -> Queries:
     """Attend each query to its window and to the compressed entries that `choose` picks for it.
@@ -77,16 +95,35 @@ def attend_hybrid(
       choose: from (extra of the queries, entries, mask of the visible ones) to `Compressed`.
       extra: arrays [b, t, ...] that `choose` needs, passed to it block by block.
     """
-    t, slots = q.shape[1], entries.shape[1]
-    block = min(window, t)
-    blocks = _to_blocks(q, keys, block, segment_ids, layout, extra)
+    t = q.shape[1]
+    blocks = _to_blocks(q, keys, window, segment_ids, layout, extra, None)
+    z, block = blocks.q.shape[1:3]
     outs = []
-    for begin, end in _stretches(blocks.q.shape[1], slots, block):
+    for begin, end in _stretches(z, entries.shape[1], block):
         stretch = jax.tree.map(lambda x, a=begin, z=end: x[:, a:z], blocks)
         # Entries are numbered by their last token: none beyond this is complete, in any document.
         seen = entries[:, : end * block // ratio]
-        outs.append(_attend_stretch(stretch, seen, sink, window, choose))
+
+        def choose_seen(chunk: QueryBlocks, seen=seen) -> Compressed:
+            return choose(chunk.extra, seen, _visible_mask(chunk, seen.shape[1]))
+
+        outs.append(_attend_blocks(stretch, sink, window, choose_seen, seen.shape[1]))
     return _from_blocks(jnp.concatenate(outs, axis=1), t)
+
+
+def attend_cached(
+    q: Queries, keys: Keys, sink: Float[Array, " h"], *, window: int, layout: EntryLayout,
+    earlier: Earlier, choose: Choose, slots: int, extra: tuple = (),
+) -> Queries:
+    """Attend each query to its window, earlier keys included, and to stored entries.
+
+    Args:
+      choose: from blocks of queries to the entries that they attend to.
+      slots: entries per query that `choose` brings into memory at once.
+      extra: arrays [b, t, ...] that `choose` needs, passed to it in `QueryBlocks.extra`.
+    """
+    blocks = _to_blocks(q, keys, window, None, layout, extra, earlier)
+    return _from_blocks(_attend_blocks(blocks, sink, window, choose, slots), q.shape[1])
 
 
 def all_visible(extra: tuple, entries: Entries, mask: Bool[Array, "b z q c"]) -> Compressed:
@@ -94,11 +131,47 @@ def all_visible(extra: tuple, entries: Entries, mask: Bool[Array, "b z q c"]) ->
     return Compressed(entries, mask)
 
 
+def fold_entries(
+    chunk: QueryBlocks, sink: Float[Array, " h"], read: Callable[[Array], Entries],
+    tiles: Int[Array, ""] | int,
+) -> Folded:
+    """Attend queries to all their visible entries, tile by tile.
+
+    Args:
+      read: from the number of a tile to its entries, every tile of one size.
+      tiles: how many to take. Further ones, of which nothing is visible, would change no bit.
+    """
+    q = chunk.q
+    scale = q.shape[-1] ** -0.5
+    first, end = (x[..., None] for x in chunk.visible)
+
+    def add_tile(tile, state: Folded) -> Folded:
+        entries = read(tile)
+        number = tile * entries.shape[1] + jnp.arange(entries.shape[1])
+        seen = (number >= first) & (number < end)
+        logits = _product("bzqhk,bck->bzqhc", q, entries) * scale
+        logits = jnp.where(seen[..., None, :], logits, -jnp.inf)
+        top = jnp.maximum(state.top, jnp.max(logits, axis=-1))
+        shrink, weights = jnp.exp(state.top - top), jnp.exp(logits - top[..., None])
+        out = _product("bzqhc,bck->bzqhk", weights.astype(q.dtype), entries)
+        return Folded(
+            top, state.total * shrink + jnp.sum(weights, axis=-1),
+            state.out * shrink[..., None] + out,
+        )
+
+    # The sink is part of every softmax, so that it makes a finite first maximum.
+    top = jnp.broadcast_to(sink, q.shape[:-1])
+    state = Folded(top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32))
+    if isinstance(tiles, int) and tiles == 1:
+        return add_tile(0, state)
+    return jax.lax.fori_loop(0, tiles, add_tile, state)
+
+
 def attend(
     q: Float[Array, "b z q h k"],
     keys: Float[Array, "b z s k"],
     mask: Bool[Array, "b z q s"],
-    compressed: Compressed | None,
+    compressed: Compressed | Folded | None,
     sink: Float[Array, " h"],
 ) -> Float[Array, "b z q h k"]:
     """Attend: z = q kv / sqrt(k), p = exp(z) / (sum exp(z) + exp(sink_h)), o = sum p kv.
@@ -109,7 +182,7 @@ def attend(
     Source: report 2.3; fact sheet 2.3.
     """
     parts = [(keys, "bzsk", mask)]
-    if compressed is not None:
+    if isinstance(compressed, Compressed):
         own = compressed.entries.ndim == 5
         parts.append((compressed.entries, "bzqsk" if own else "bsk", compressed.mask))
     scale = q.shape[-1] ** -0.5
@@ -117,7 +190,7 @@ def attend(
         jnp.where(seen[..., None, :], _product(f"bzqhk,{axes}->bzqhs", q, kv) * scale, -jnp.inf)
         for kv, axes, seen in parts
     ]
-    top = sink
+    top = compressed.top if isinstance(compressed, Folded) else sink
     for z in logits:
         top = jnp.maximum(top, jnp.max(z, axis=-1, initial=-jnp.inf))  # there may be no entries
     top = jax.lax.stop_gradient(top)
@@ -127,6 +200,10 @@ def attend(
         _product(f"bzqhs,{axes}->bzqhk", p.astype(q.dtype), kv)
         for p, (kv, axes, _) in zip(weights, parts, strict=True)
     )
+    if isinstance(compressed, Folded):
+        shrink = jnp.exp(compressed.top - top)
+        total = total + compressed.total * shrink
+        out = out + compressed.out * shrink[..., None]
     return (out / total[..., None]).astype(q.dtype)
 
 
@@ -134,19 +211,22 @@ def _product(form: str, a: Array, b: Array) -> Array:
     return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
 
 
-def _attend_stretch(blocks: QueryBlocks, entries, sink, window: int, choose: Choose | None):
-    """Attend the blocks of one stretch, chunk by chunk."""
+def _attend_blocks(
+    blocks: QueryBlocks, sink, window: int, choose: Choose | None, entries: int
+) -> Float[Array, "b z q h k"]:
+    """Attend blocks of queries, as many at once as memory is meant for.
+
+    Args:
+      entries: compressed ones per query that are in memory at once.
+    """
 
     def attend_chunk(chunk: QueryBlocks):
-        block = chunk.q.shape[2]
-        mask = window_mask(block, window, chunk.index, chunk.segments)
-        compressed = None
-        if choose is not None:
-            compressed = choose(chunk.extra, entries, _visible_mask(chunk, entries.shape[1]))
+        mask = window_mask(chunk.at_query, chunk.at_key, window, chunk.segments)
+        compressed = None if choose is None else choose(chunk)
         return attend(chunk.q, chunk.keys, mask, compressed, sink)
 
     b, _, block, h, _ = blocks.q.shape
-    slots = 2 * block + (0 if entries is None else entries.shape[1])
+    slots = blocks.keys.shape[2] + entries
     heads = max([h] + [x.shape[3] for x in blocks.extra if x.ndim == 5])
     return map_chunks(attend_chunk, blocks, b * block * heads * slots)
 
@@ -164,31 +244,45 @@ def _stretches(z: int, slots: int, block: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + size, z)) for begin in range(0, z, size))
 
 
-def _to_blocks(q, keys, block, segment_ids, layout, extra) -> QueryBlocks:
+def _to_blocks(
+    q: Queries, keys: Keys, window: int, segment_ids: Tokens | None, layout: EntryLayout | None,
+    extra: tuple, earlier: Earlier | None,
+) -> QueryBlocks:
+    """Cut rows into blocks of the window's length, or take a shorter row as one block.
+
+    A block sees its own keys and those before it: the preceding block's, or the earlier ones.
+    """
     b, t = q.shape[:2]
+    block = min(window, t)
     z = math.ceil(t / block)
+    if earlier is None:
+        nothing = jnp.zeros((b, block, keys.shape[2]), keys.dtype)
+        earlier = Earlier(nothing, jnp.full((b, block), -1), jnp.zeros(b, jnp.int32))
+    index = earlier.start[:, None] + jnp.arange(z * block)
 
     def to_blocks(x):
-        x = jnp.pad(x, ((0, 0), (0, z * block - t), *((0, 0),) * (x.ndim - 2)))
+        x = jnp.pad(x, ((0, 0), (0, z * block - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(b, z, block, *x.shape[2:])
 
-    def with_predecessor(x):
-        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (x.ndim - 2)))
+    def with_predecessor(x, first):
+        x, first = to_blocks(x), first[:, None]
+        before = first if z == 1 else jnp.concatenate([first, x[:, :-1]], axis=1)
         return jnp.concatenate([before, x], axis=2)
 
     segments = visible = None
     if segment_ids is not None:
-        of_query = to_blocks(segment_ids)
-        segments = (of_query, with_predecessor(of_query))
+        nobody = jnp.zeros((b, block), jnp.int32)
+        segments = (to_blocks(segment_ids), with_predecessor(segment_ids, nobody))
     if layout is not None:
         visible = (to_blocks(layout.first), to_blocks(layout.end))
     return QueryBlocks(
         q=to_blocks(q),
-        keys=with_predecessor(to_blocks(keys)),
+        keys=with_predecessor(keys, earlier.keys),
+        at_query=to_blocks(index),
+        at_key=with_predecessor(index, earlier.positions),
         segments=segments,
         visible=visible,
         extra=tuple(map(to_blocks, extra)),
-        index=jnp.broadcast_to(jnp.arange(z), (b, z)),
     )
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.attention.compressor import Compressor
+from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.cache import Pending
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
@@ -44,7 +45,7 @@ def top_entries(
 
     Ties go to the lowest index. Rows with fewer than k visible entries get all of them.
     """
-    _, index = jax.lax.top_k(jnp.where(visible, _one_zero(scores), -jnp.inf), k)
+    _, index = jax.lax.top_k(jnp.where(visible, one_zero(scores), -jnp.inf), k)
     return index, jnp.take_along_axis(visible, index, axis=-1)
 
 
@@ -83,12 +84,12 @@ def top_mask(
 
 def _ordered_bits(x: Float[Array, "..."]) -> Array:
     """Map float32 to uint32 so that order is kept and every number maps above 0."""
-    bits = jax.lax.bitcast_convert_type(_one_zero(x), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(one_zero(x), jnp.uint32)
     negative = bits >> 31 == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _one_zero(x: Float[Array, "..."]) -> Array:
+def one_zero(x: Float[Array, "..."]) -> Array:
     """Replace -0 by 0: equal scores must tie, but an order of bits tells them apart."""
     return jnp.where(x == 0, 0.0, x)
 
@@ -101,16 +102,18 @@ class Indexer(nn.Module):
     @nn.compact
     def __call__(
         self, x: Hidden, q_rank: Float[Array, "b t r"], layout: EntryLayout,
-        at_query: Rotation, at_entry: Rotation,
-    ) -> IndexQueries:
+        at_query: Rotation, at_entry: Rotation, earlier: EarlierTokens | None = None,
+    ) -> tuple[IndexQueries, Pending | None]:
+        """Return what is asked, with the keys of the blocks in x, and what is pending."""
         c = self.config
         heads, width = c.index_n_heads, c.index_head_dim
         w_q = param(self, "w_q", "rank -> index_heads index_width", (c.q_lora_rank, heads, width))
         w_heads = param(self, "w_heads", "width -> index_heads", (c.hidden_size, heads))
-        keys = Compressor(c, c.csa_ratio, width, overlapping=True, name="compressor")
+        compressor = Compressor(c, c.csa_ratio, width, overlapping=True, name="compressor")
         queries = jnp.einsum("btr,rij->btij", q_rank, w_q.astype(x.dtype))
         head_weights = jnp.einsum(
             "btd,di->bti", x, w_heads.astype(x.dtype), preferred_element_type=jnp.float32
         )
         head_weights = head_weights * (width**-0.5 * heads**-0.5)
-        return IndexQueries(rotate(queries, at_query), head_weights, keys(x, layout, at_entry))
+        keys, pending = compressor(x, layout, at_entry, earlier)
+        return IndexQueries(rotate(queries, at_query), head_weights, keys), pending

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.cache import Span
 from dsv4_jax.shapes import Array, Bool, Int, Tokens
 
 
@@ -87,6 +88,21 @@ def entry_layout(
     return EntryLayout(start, previous.astype(bool), first, end)
 
 
+def blocks_touched(tokens: int, ratio: int) -> int:
+    """Return how many blocks a stretch of so many tokens may complete, wherever it starts."""
+    return (tokens + ratio - 1) // ratio
+
+
+def span_layout(span: Span, tokens: int, ratio: int) -> EntryLayout:
+    """Lay out the blocks that rows of new tokens may complete, and what each token sees.
+
+    A row is one document; its entries are numbered from its beginning.
+    """
+    number = span.start[:, None] // ratio + jnp.arange(blocks_touched(tokens, ratio))
+    end = (span.start[:, None] + jnp.arange(tokens) + 1) // ratio
+    return EntryLayout(number * ratio, number > 0, jnp.zeros_like(end), end)
+
+
 def block_starts(x: Int[Array, "b t"], layout: EntryLayout, ratio: int) -> Int[Array, "b c"]:
     """Return the value of x at the first token of each entry's block."""
     if layout.start is None:
@@ -95,21 +111,18 @@ def block_starts(x: Int[Array, "b t"], layout: EntryLayout, ratio: int) -> Int[A
 
 
 def window_mask(
-    block: int, window: int, index: Int[Array, "b z"], segments: tuple[Array, Array] | None
+    at_query: Int[Array, "b z q"], at_key: Int[Array, "b z s"], window: int,
+    segments: tuple[Array, Array] | None,
 ) -> Bool[Array, "b z q s"]:
-    """Return which of a block's and its predecessor's tokens each query of the block sees.
+    """Return which keys each query of a block sees.
 
     Args:
-      block: tokens per block; at least `window`, unless there is a single block.
-      index: number of each block in its row; block 0 has no predecessor.
-      segments: document ids of queries [b, z, q] and of key slots [b, z, s], or None.
-    Returns:
-      The mask over s = 2 * block key slots, predecessor first.
+      at_query, at_key: positions in the row; negative where there is no key.
+      segments: document ids of queries [b, z, q] and of keys [b, z, s], or None.
     """
-    distance = block + jnp.arange(block)[:, None] - jnp.arange(2 * block)
-    near = (distance >= 0) & (distance < window)
-    exists = index[..., None] * block + jnp.arange(2 * block) >= block
-    mask = near & exists[..., None, :]
+    at_key = at_key[..., None, :]
+    distance = at_query[..., :, None] - at_key
+    mask = (distance >= 0) & (distance < window) & (at_key >= 0)
     if segments is not None:
         of_query, of_key = segments
         mask = mask & (of_query[..., :, None] == of_key[..., None, :])

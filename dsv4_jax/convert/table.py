@@ -22,8 +22,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from dsv4_jax.config import CSA, HASH, LEARNED, WINDOW, ModelConfig
-from dsv4_jax.model import factor_schedule, param_shapes
+from dsv4_jax.model import param_shapes
 from dsv4_jax.params import Weight
+from dsv4_jax.schedule import factor_schedule
 
 # How a tensor is stored in the released checkpoints; plain floating point is always accepted.
 EXPERT = "expert"  # FP4, or FP8 in base models

@@ -1,0 +1,167 @@
+"""Attention over a cache: the window's ring, stored entries in tiles, the best of them by index."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.attention.core import Compressed, Earlier, QueryBlocks, attend_cached, fold_entries
+from dsv4_jax.attention.indexer import IndexQueries, index_scores, one_zero
+from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.cache import (
+    ENTRY_TILE,
+    INDEX_TILE,
+    EntryStore,
+    Pending,
+    Span,
+    read_chosen,
+    read_tile,
+    ring_positions,
+    write_entries,
+    write_ring,
+)
+from dsv4_jax.cache_format import (
+    decode_entry,
+    decode_index_key,
+    encode_entry,
+    round_index_query,
+    round_scores,
+)
+from dsv4_jax.chunks import map_chunks
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.shapes import Array, Bool, Float, Int, Keys, Queries
+
+
+class StoredEntries(NamedTuple):
+    """The compressed entries of one layer as a cache holds them."""
+
+    entries: Array  # [z, b, c, stored width]
+    layer: Int[Array, ""]
+    config: ModelConfig
+    form: str
+
+    def tile(self, number: Int[Array, ""], dtype: jnp.dtype) -> Array:
+        """Return a tile of entries, [b, ENTRY_TILE, k]."""
+        tile = read_tile(self.entries, self.layer, number * ENTRY_TILE, ENTRY_TILE)
+        return decode_entry(tile, self.config, self.form, dtype)
+
+    def chosen(self, index: Int[Array, "b z q l"], dtype: jnp.dtype) -> Array:
+        """Return the entries of the given numbers, [b, z, q, l, k]."""
+        rows = read_chosen(self.entries, self.layer, index)
+        return decode_entry(rows, self.config, self.form, dtype)
+
+
+def sees_all_entries(config: ModelConfig) -> bool:
+    """Say whether the indexer's choice is never less than all entries, whatever a row's length.
+
+    The length of a row, or of a cache, does not decide: how sums are grouped would depend on it.
+    """
+    return config.max_position_embeddings // config.csa_ratio <= config.index_topk
+
+
+def read_and_write_window(
+    ring: Array, layer: Int[Array, ""], keys: Keys, span: Span, config: ModelConfig, form: str
+) -> tuple[Earlier, Array]:
+    """Return the keys that came before, and the ring with the new ones."""
+    slots = ring.shape[2]
+    before = decode_entry(ring[layer], config, form, keys.dtype)
+    earlier = Earlier(before, ring_positions(span.start, slots), span.start)
+    return earlier, write_ring(ring, layer, encode_entry(keys, config, form), span)
+
+
+def store_entries(
+    store: EntryStore, layer: Int[Array, ""], new: Array, pending: Pending, span: Span, ratio: int
+) -> EntryStore:
+    """Keep those of the entries [b, c, stored width] whose blocks the span completes."""
+    first, end = span.start // ratio, (span.start + span.count) // ratio
+    return EntryStore(write_entries(store.entries, layer, new, first, end), pending)
+
+
+def attend_all(
+    q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries, *, window: int,
+    layout: EntryLayout, earlier: Earlier,
+) -> Queries:
+    """Attend each query to its window and to all entries that it sees."""
+    tiles = _tiles(stored.entries.shape[2], ENTRY_TILE, layout.end)
+
+    def choose(chunk: QueryBlocks):
+        return fold_entries(chunk, sink, partial(stored.tile, dtype=q.dtype), tiles)
+
+    return attend_cached(
+        q, keys, sink, window=window, layout=layout, earlier=earlier, choose=choose,
+        slots=ENTRY_TILE,
+    )
+
+
+def attend_best(
+    q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries, index_keys: Array,
+    asked: IndexQueries, *, window: int, layout: EntryLayout, earlier: Earlier,
+) -> Queries:
+    """Attend each query to its window and to its best visible entries by index score.
+
+    Args:
+      index_keys: stored ones of all entries, [z, b, c, stored width].
+      asked: the queries of the indexer.
+    """
+    index, exists = select_entries(index_keys, stored.layer, asked, layout.end,
+                                   stored.config, stored.form)
+
+    def choose(chunk: QueryBlocks) -> Compressed:
+        index, exists = chunk.extra
+        return Compressed(stored.chosen(index, q.dtype), exists)
+
+    return attend_cached(
+        q, keys, sink, window=window, layout=layout, earlier=earlier, choose=choose,
+        slots=index.shape[-1], extra=(index, exists),
+    )
+
+
+def select_entries(
+    index_keys: Array, layer: Int[Array, ""], asked: IndexQueries, end: Int[Array, "b t"],
+    config: ModelConfig, form: str,
+) -> tuple[Int[Array, "b t l"], Bool[Array, "b t l"]]:
+    """Return the numbers of each query's best entries and which of them exist.
+
+    Stored keys are scored tile by tile beside the best so far, so that no array is as long as the
+    row. Ties go to the lowest number, as in `indexer.top_entries`.
+    """
+    width, k = config.index_head_dim, config.index_topk
+    size = min(INDEX_TILE, index_keys.shape[2])
+    queries = round_index_query(asked.queries, form)
+    b, t, heads, _ = queries.shape
+
+    def add_tile(tile, best):
+        scores, numbers = best
+        # The last tile may begin earlier, to end with the array; what it repeats is left out.
+        start = jnp.minimum(tile * size, index_keys.shape[2] - size)
+        keys = read_tile(index_keys, layer, start, size)
+        keys = decode_index_key(keys, width, form, asked.queries.dtype)
+        new = map_chunks(partial(_score, keys=keys), (queries, asked.head_weights),
+                         b * heads * size)
+        number = start + jnp.arange(size)
+        seen = (number >= tile * size) & (number < end[..., None])
+        new = jnp.where(seen, round_scores(one_zero(new), form), -jnp.inf)
+        scores, place = jax.lax.top_k(jnp.concatenate([scores, new], axis=-1), k)
+        number = jnp.broadcast_to(number, new.shape)
+        numbers = jnp.concatenate([numbers, number], axis=-1)
+        return scores, jnp.take_along_axis(numbers, place, axis=-1)
+
+    best = jnp.full((b, t, k), -jnp.inf), jnp.zeros((b, t, k), jnp.int32)
+    tiles = _tiles(index_keys.shape[2], size, end)
+    best = add_tile(0, best) if tiles == 1 else jax.lax.fori_loop(0, tiles, add_tile, best)
+    return best[1], best[0] > -jnp.inf
+
+
+def _score(asked: tuple[Array, Array], keys: Float[Array, "b c j"]) -> Float[Array, "b t c"]:
+    queries, head_weights = asked
+    return index_scores(queries[:, :, None], head_weights[:, :, None], keys)[:, :, 0]
+
+
+def _tiles(slots: int, size: int, end: Int[Array, "b t"]) -> Int[Array, ""] | int:
+    """Return how many tiles hold all that any query sees; 1 if there is no more than one."""
+    if slots <= size:
+        return 1
+    return -(-jnp.minimum(jnp.max(end), slots) // size)
