@@ -1,67 +1,205 @@
-"""Write text with a model."""
+"""Continue prompts: read them, then draw token after token, rows of a batch at their own pace."""
 
 from __future__ import annotations
 
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.cache import init_cache
+from dsv4_jax.config import SEEDS, ModelConfig, Runtime, is_seed
+from dsv4_jax.decode import Drawn, Draws, Turn, first_turn, next_turn, prefill
 from dsv4_jax.errors import InputError
-from dsv4_jax.model import Transformer
-from dsv4_jax.shapes import Array, Float
+from dsv4_jax.sampling import check_sampling
 from dsv4_jax.token_ids import check_token_ids
 
+SMALLEST_BATCH = 2  # XLA on CPU multiplies a single row by another kernel, which rounds differently
+SMALLEST_CACHE = 1024  # tokens; caches are this times a power of two, so that programs are reused
 
-def sample_token(
-    key: Array, logits: Float[Array, " v"], temperature: float, top_p: float
-) -> Array:
-    """Draw a token id from the smallest set of likeliest tokens that holds top_p of the mass.
+Prompts = np.ndarray | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
+OnTokens = Callable[[int, list[int]], None]
 
-    Temperature 0 takes the likeliest token.
-    """
-    if temperature == 0:
-        return jnp.argmax(logits)
-    order = jnp.argsort(-logits)
-    probabilities = jax.nn.softmax(logits[order] / temperature)
-    before = jnp.cumsum(probabilities) - probabilities
-    kept = jnp.where(before < top_p, jnp.log(probabilities), -jnp.inf)
-    return order[jax.random.categorical(key, kept)]
+
+class Stats(NamedTuple):
+    """What a generation took."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float  # up to every row's first token, compilation included
+    decode_seconds: float  # from the first step's tokens on
+    decode_tokens: int  # drawn in that time, of all rows
+    drafted: int  # drafts that the model has judged
+    accepted: int  # drafts that were right
+
+
+class Generated(NamedTuple):
+    """The continuation of each prompt."""
+
+    tokens: list[np.ndarray]  # int32; the stop token that ended a row is left out
+    stopped: list[bool]  # by a stop token; else by length
+    stats: Stats
 
 
 def generate(
-    model: Transformer, params: dict, prompt: np.ndarray, *, max_new_tokens: int,
-    temperature: float, top_p: float, seed: int, stop_id: int | None = None,
-) -> np.ndarray:
-    """Continue a prompt token by token, each from a forward pass over the whole padded row.
+    config: ModelConfig, params: dict, tokens: Prompts, *, max_new_tokens: int,
+    temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, stop: int | Iterable[int] = (),
+    runtime: Runtime = Runtime(batch_invariant=True), speculate: bool = False,
+    chunk: int = 512, max_length: int | None = None, on_tokens: OnTokens | None = None,
+) -> Generated:
+    """Continue one prompt or several.
+
+    With a `batch_invariant` runtime, on CPU, a prompt's logits do not depend on the prompts beside
+    it by a single bit. What is drawn depends on the seed, the prompt's place in the batch and the
+    position alone.
 
     Args:
-      prompt: ids, at least one.
+      tokens: ids of a prompt, or of several; begin with BOS.
+      max_new_tokens: after each prompt.
       temperature: divides the logits; 0 takes the likeliest token.
-      stop_id: ends the text when it is drawn; it is not returned.
-    Returns:
-      The new ids, at most max_new_tokens.
+      top_p: draw from the smallest set of likeliest tokens that holds so much of the mass.
+      stop: ids that end a row.
+      runtime: its `cache` is the precision of the cache.
+      speculate: draft by multi-token prediction. What is drawn stays the same, up to rounding.
+      chunk: tokens of a prompt that are read at once; bounds the memory of reading.
+      max_length: tokens that the cache has room for in each row; by default what is needed,
+        rounded up.
+      on_tokens: called with the number of a prompt and its next tokens as they come.
     Raises:
-      InputError: the prompt is empty or has ids outside the vocabulary.
+      InputError: a prompt is empty, has other ids than the vocabulary or leaves too little of the
+        context for the new tokens; a setting is out of its range.
     """
-    if len(prompt) == 0:
-        raise InputError("prompt: expected at least one token, got none; begin with BOS")
-    check_token_ids(prompt, model.config.vocab_size)
-    row = np.zeros((1, len(prompt) + max_new_tokens), np.int32)
-    row[0, : len(prompt)] = prompt
-    key = jax.random.key(seed)
-    for length in range(len(prompt), row.shape[1]):
-        key, subkey = jax.random.split(key)
-        token = int(_draw(model, params, row, length, subkey, temperature, top_p))
-        if token == stop_id:
-            return row[0, len(prompt) : length]
-        row[0, length] = token
-    return row[0, len(prompt) :]
+    started = time.perf_counter()
+    sampling = check_sampling(temperature, top_p)
+    prompts = _check_prompts(tokens, config.vocab_size)
+    stop_ids = frozenset([stop] if isinstance(stop, int) else stop)
+    check_token_ids(sorted(stop_ids), config.vocab_size)
+    _check_numbers(max_new_tokens=max_new_tokens, chunk=chunk)
+    if not is_seed(seed):
+        raise InputError(f"seed: expected {SEEDS}, got {seed}")
+    length = _cache_length(config, prompts, max_new_tokens, max_length)
+    rows = SMALLEST_BATCH * 2 ** max(0, (-(-len(prompts) // SMALLEST_BATCH) - 1).bit_length())
+    cache = init_cache(config, runtime, rows=rows, max_length=length, drafting=speculate)
+
+    book = _Book(len(prompts), rows, max_new_tokens, stop_ids, on_tokens)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
+    draws = Draws(keys, jnp.array(sampling, jnp.float32))
+    padded, count = _pad(prompts, rows)
+    logits, cache = prefill(config, runtime, params, cache, padded, count, chunk=chunk)
+    turn = first_turn(config, runtime, params, cache, logits, draws, kind=sampling.kind)
+    book.take(np.asarray(turn.token)[:, None], np.ones(rows, int))
+    prefilled = time.perf_counter()
+
+    def step(turn: Turn) -> tuple[Turn, Drawn]:
+        return next_turn(config, runtime, params, turn, book.active, draws, kind=sampling.kind)
+
+    seconds, decoded = _decode_rows(book, turn, step)
+    stats = Stats(
+        int(count.sum()), sum(map(len, book.tokens)), prefilled - started, seconds, decoded,
+        book.drafted if speculate else 0, book.accepted if speculate else 0,
+    )
+    return Generated([np.array(new, np.int32) for new in book.tokens], book.stopped, stats)
 
 
-@partial(jax.jit, static_argnames=("model", "temperature", "top_p"))
-def _draw(model: Transformer, params, tokens, length, key, temperature: float, top_p: float):
-    """Draw the token after the first `length`; causal attention never sees what follows them."""
-    logits = model.apply({"params": params}, tokens)
-    return sample_token(key, logits[0, length - 1], temperature, top_p)
+def _decode_rows(
+    book: _Book, turn: Turn, step: Callable[[Turn], tuple[Turn, Drawn]]
+) -> tuple[float, int]:
+    """Step until every row is done; return the seconds since the first and the tokens in them.
+
+    A step is begun before the tokens of the one before are looked at, so that the devices need
+    not wait. The last one's are not needed.
+    """
+    drawn, first, so_far = None, None, 0
+    while np.any(book.active):
+        turn, following = step(turn)
+        if drawn is not None:
+            book.take(np.asarray(drawn.tokens), np.asarray(drawn.count))
+            if first is None:
+                first, so_far = time.perf_counter(), sum(map(len, book.tokens))
+        drawn = following
+    if first is None:
+        return 0.0, 0
+    return time.perf_counter() - first, sum(map(len, book.tokens)) - so_far
+
+
+class _Book:
+    """What has been drawn, and which rows go on."""
+
+    def __init__(
+        self, prompts: int, rows: int, limit: int, stop_ids: frozenset[int],
+        on_tokens: OnTokens | None,
+    ):
+        self.tokens: list[list[int]] = [[] for _ in range(prompts)]
+        self.stopped = [False] * prompts
+        self.active = np.arange(rows) < prompts  # rows beyond the prompts are padding
+        self.drafted = self.accepted = 0
+        self._limit, self._stop_ids, self._on_tokens = limit, stop_ids, on_tokens
+
+    def take(self, tokens: np.ndarray, count: np.ndarray) -> None:
+        """Note the tokens [rows, s] of one step, the first `count` of each row."""
+        active = self.active.copy()  # a step that has begun goes on with what it was given
+        for row in np.flatnonzero(self.active).tolist():
+            self.drafted += 1
+            self.accepted += int(count[row]) - 1
+            room = self._limit - len(self.tokens[row])
+            new = tokens[row, : min(count[row], room)].tolist()
+            end = next((i for i, token in enumerate(new) if token in self._stop_ids), None)
+            self.stopped[row] = end is not None
+            self.tokens[row] += new[:end]
+            active[row] = end is None and len(self.tokens[row]) < self._limit
+            if self._on_tokens is not None and new[:end]:
+                self._on_tokens(row, new[:end])
+        self.active = active
+
+
+def _check_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
+    """Return the prompts as arrays of ids."""
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray, jax.Array)):
+        raise InputError(f"tokens: expected ids, got {type(tokens).__name__}; encode the text first")
+    several = len(tokens) > 0 and not np.isscalar(tokens[0]) and np.ndim(tokens[0]) == 1
+    prompts = [np.asarray(prompt) for prompt in tokens] if several else [np.asarray(tokens)]
+    for number, prompt in enumerate(prompts):
+        where = f"prompt {number}" if several else "prompt"
+        if prompt.ndim != 1:
+            raise InputError(f"{where}: expected one row of ids, got shape {prompt.shape}")
+        if prompt.size == 0:
+            raise InputError(f"{where}: expected at least one token, got none; begin with BOS")
+        try:
+            check_token_ids(prompt, vocab_size)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return prompts
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+
+
+def _cache_length(
+    config: ModelConfig, prompts: list[np.ndarray], new: int, max_length: int | None
+) -> int:
+    """Return how many tokens of a row the cache is to hold."""
+    longest, context = max(map(len, prompts)), config.max_position_embeddings
+    room = context if max_length is None else max_length
+    if longest + new > room:
+        of = "max_position_embeddings" if max_length is None else "max_length"
+        raise InputError(
+            f"prompt: expected at most {room - new} tokens, which leave room for {new} new ones in "
+            f"{of} = {room}, got {longest}; shorten it, or ask for fewer new tokens"
+        )
+    if max_length is not None:
+        return max_length
+    return min(context, SMALLEST_CACHE * 2 ** (-(-(longest + new) // SMALLEST_CACHE) - 1).bit_length())
+
+
+def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    count = np.array([len(prompt) for prompt in prompts] + [0] * (rows - len(prompts)))
+    padded = np.zeros((rows, count.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    return padded, count

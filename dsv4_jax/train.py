@@ -40,7 +40,6 @@ from dsv4_jax.train_step import (
     make_evaluation,
     make_train_step,
     state_shardings,
-    transformer_of,
 )
 
 
@@ -221,11 +220,11 @@ def _write_sample(run: _Run, state: TrainState, prompt: np.ndarray) -> None:
     """Print a text that the model continues from the prompt, and keep it in the workdir."""
     plan, tokenizer = run.config.train, run.corpus.tokenizer
     new = generate(
-        transformer_of(run.config), state.params, prompt, max_new_tokens=plan.sample_tokens,
+        run.config.model, state.params, prompt, max_new_tokens=plan.sample_tokens,
         temperature=plan.sample_temperature, top_p=plan.sample_top_p, seed=plan.seed,
-        stop_id=tokenizer.eos_id,
+        stop=tokenizer.eos_id, runtime=run.config.runtime,
     )
-    text = plan.sample_prompt + tokenizer.decode(new)
+    text = plan.sample_prompt + tokenizer.decode(new.tokens[0])
     write_atomically(run.workdir / "sample.txt", text.encode())
     say(f"sample:\n{text}")
 

@@ -84,8 +84,16 @@ class Attention(nn.Module):
             out, kept = self._attend_cached(x, q_rank, q, kv, sink, places, cache)
         out = rotate(out, places.at_query, inverse=True)
         out = out.reshape(*out.shape[:2], groups, per_group, width)
-        out = _project("btghk,ghko->btgo", out, w_o_a)
+        out = self._project_groups(out, w_o_a)
         return _project("btgo,god->btd", out, w_o_b).astype(dtype), kept
+
+    def _project_groups(self, x: Float[Array, "b t g h k"], w: Float[Array, "g h k o"]) -> Array:
+        """Project each group of heads by a matrix of its own."""
+        if not self.runtime.batch_invariant:
+            return _project("btghk,ghko->btgo", x, w)
+        # XLA on CPU groups the sums of a batch of products by the number of rows.
+        groups = (_project("bthk,hko->bto", x[:, :, g], w[g]) for g in range(w.shape[0]))
+        return jnp.stack(list(groups), axis=2)
 
     def _attend(self, x, q_rank, q, kv, sink, places: Places) -> Queries:
         """Run the core of this layer's kind."""

@@ -139,8 +139,7 @@ def select_entries(
         start = jnp.minimum(tile * size, index_keys.shape[2] - size)
         keys = read_tile(index_keys, layer, start, size)
         keys = decode_index_key(keys, width, form, asked.queries.dtype)
-        new = map_chunks(partial(_score, keys=keys), (queries, asked.head_weights),
-                         b * heads * size)
+        new = map_chunks(partial(_score, keys=keys), (queries, asked.head_weights), heads * size)
         number = start + jnp.arange(size)
         seen = (number >= tile * size) & (number < end[..., None])
         new = jnp.where(seen, round_scores(one_zero(new), form), -jnp.inf)

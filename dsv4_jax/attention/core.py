@@ -72,7 +72,8 @@ def attend_window(
 ) -> Queries:
     """Attend each query to the last `window` tokens of its document, itself included."""
     blocks = _to_blocks(q, keys, window, segment_ids, None, (), earlier)
-    return _from_blocks(_attend_blocks(blocks, sink, window, None, 0), q.shape[1])
+    rows = q.shape[0] if earlier is None else 1
+    return _from_blocks(_attend_blocks(blocks, sink, window, None, 0, rows), q.shape[1])
 
 
 def attend_hybrid(
@@ -107,7 +108,7 @@ def attend_hybrid(
         def choose_seen(chunk: QueryBlocks, seen=seen) -> Compressed:
             return choose(chunk.extra, seen, _visible_mask(chunk, seen.shape[1]))
 
-        outs.append(_attend_blocks(stretch, sink, window, choose_seen, seen.shape[1]))
+        outs.append(_attend_blocks(stretch, sink, window, choose_seen, seen.shape[1], q.shape[0]))
     return _from_blocks(jnp.concatenate(outs, axis=1), t)
 
 
@@ -123,7 +124,7 @@ def attend_cached(
       extra: arrays [b, t, ...] that `choose` needs, passed to it in `QueryBlocks.extra`.
     """
     blocks = _to_blocks(q, keys, window, None, layout, extra, earlier)
-    return _from_blocks(_attend_blocks(blocks, sink, window, choose, slots), q.shape[1])
+    return _from_blocks(_attend_blocks(blocks, sink, window, choose, slots, 1), q.shape[1])
 
 
 def all_visible(extra: tuple, entries: Entries, mask: Bool[Array, "b z q c"]) -> Compressed:
@@ -212,12 +213,14 @@ def _product(form: str, a: Array, b: Array) -> Array:
 
 
 def _attend_blocks(
-    blocks: QueryBlocks, sink, window: int, choose: Choose | None, entries: int
+    blocks: QueryBlocks, sink, window: int, choose: Choose | None, entries: int, rows: int
 ) -> Float[Array, "b z q h k"]:
     """Attend blocks of queries, as many at once as memory is meant for.
 
     Args:
       entries: compressed ones per query that are in memory at once.
+      rows: that share the memory. With a cache each has its own, so that the number of blocks at
+        once, which rounding may depend on, does not depend on the batch.
     """
 
     def attend_chunk(chunk: QueryBlocks):
@@ -225,10 +228,10 @@ def _attend_blocks(
         compressed = None if choose is None else choose(chunk)
         return attend(chunk.q, chunk.keys, mask, compressed, sink)
 
-    b, _, block, h, _ = blocks.q.shape
+    _, _, block, h, _ = blocks.q.shape
     slots = blocks.keys.shape[2] + entries
     heads = max([h] + [x.shape[3] for x in blocks.extra if x.ndim == 5])
-    return map_chunks(attend_chunk, blocks, b * block * heads * slots)
+    return map_chunks(attend_chunk, blocks, rows * block * heads * slots)
 
 
 def _visible_mask(chunk: QueryBlocks, slots: int) -> Bool[Array, "b z q c"]:
