@@ -192,7 +192,9 @@ def write_entries(
     return entries.at[layer, rows, slot].set(new, mode="drop")
 
 
-def read_tile(entries: Array, layer: Int[Array, ""], start: Int[Array, ""], size: int) -> Array:
+def read_tile(
+    entries: Array, layer: Int[Array, ""], start: Int[Array, ""] | int, size: int
+) -> Array:
     """Return one layer's stored entries [start, start + size), [b, size, stored width]."""
     rows, width = entries.shape[1], entries.shape[3]
     return jax.lax.dynamic_slice(entries, (layer, 0, start, 0), (1, rows, size, width))[0]

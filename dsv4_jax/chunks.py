@@ -67,3 +67,8 @@ def join(pieces: Array, length: int) -> Array:
 def keep(x: Array) -> Array:
     """Mark an intermediate of a piece as worth storing: it is costly to redo."""
     return checkpoint_name(x, KEPT)
+
+
+def power_of_two_times(base: int, least: int) -> int:
+    """Return the smallest base * 2^n that is at least `least`: few sizes mean few programs."""
+    return base * 2 ** max(0, -(-least // base) - 1).bit_length()

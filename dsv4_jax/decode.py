@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import Cache, MTPCache, Span, StackedCache
+from dsv4_jax.chunks import power_of_two_times
 from dsv4_jax.compiler import inference_options
 from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.model import Transformer, describe_span
@@ -55,8 +56,7 @@ def prefill(
 
 def chunk_size(config: ModelConfig, tokens: int) -> int:
     """Return the size of chunk that so many tokens are read in: all sizes round alike."""
-    base = max(SMALLEST_CHUNK, config.sliding_window)
-    return base * 2 ** max(0, (-(-tokens // base) - 1).bit_length())
+    return power_of_two_times(max(SMALLEST_CHUNK, config.sliding_window), tokens)
 
 
 def decode_step(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import init_cache
+from dsv4_jax.chunks import power_of_two_times
 from dsv4_jax.config import SEEDS, ModelConfig, Runtime, is_seed
 from dsv4_jax.decode import Drawn, Draws, Turn, first_turn, next_turn, prefill
 from dsv4_jax.errors import InputError
@@ -44,17 +45,20 @@ class Generated(NamedTuple):
     stats: Stats
 
 
+INVARIANT = Runtime(batch_invariant=True)
+
+
 def generate(
     config: ModelConfig, params: dict, tokens: Prompts, *, max_new_tokens: int,
     temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, stop: int | Iterable[int] = (),
-    runtime: Runtime = Runtime(batch_invariant=True), speculate: bool = False,
-    chunk: int = 512, max_length: int | None = None, on_tokens: OnTokens | None = None,
+    runtime: Runtime = INVARIANT, speculate: bool = False, chunk: int = 512,
+    max_length: int | None = None, on_tokens: OnTokens | None = None,
 ) -> Generated:
     """Continue one prompt or several.
 
     With a `batch_invariant` runtime, on CPU, a prompt's logits do not depend on the prompts beside
-    it by a single bit. What is drawn depends on the seed, the prompt's place in the batch and the
-    position alone.
+    it by a single bit, for up to 16 of them. What is drawn depends on the seed, the prompt's place
+    in the batch and the position alone.
 
     Args:
       tokens: ids of a prompt, or of several; begin with BOS.
@@ -75,33 +79,28 @@ def generate(
     started = time.perf_counter()
     sampling = check_sampling(temperature, top_p)
     prompts = _check_prompts(tokens, config.vocab_size)
-    stop_ids = frozenset([stop] if isinstance(stop, int) else stop)
-    check_token_ids(sorted(stop_ids), config.vocab_size)
-    _check_numbers(max_new_tokens=max_new_tokens, chunk=chunk)
-    if not is_seed(seed):
-        raise InputError(f"seed: expected {SEEDS}, got {seed}")
+    stop_ids = _check_settings(config, stop, seed, max_new_tokens=max_new_tokens, chunk=chunk)
     length = _cache_length(config, prompts, max_new_tokens, max_length)
-    rows = SMALLEST_BATCH * 2 ** max(0, (-(-len(prompts) // SMALLEST_BATCH) - 1).bit_length())
+    rows = power_of_two_times(SMALLEST_BATCH, len(prompts))
     cache = init_cache(config, runtime, rows=rows, max_length=length, drafting=speculate)
 
     book = _Book(len(prompts), rows, max_new_tokens, stop_ids, on_tokens)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
     draws = Draws(keys, jnp.array(sampling, jnp.float32))
-    padded, count = _pad(prompts, rows)
-    logits, cache = prefill(config, runtime, params, cache, padded, count, chunk=chunk)
-    turn = first_turn(config, runtime, params, cache, logits, draws, kind=sampling.kind)
+    model = (config, runtime, params)
+    logits, cache = prefill(*model, cache, *_pad(prompts, rows), chunk=chunk)
+    turn = first_turn(*model, cache, logits, draws, kind=sampling.kind)
     book.take(np.asarray(turn.token)[:, None], np.ones(rows, int))
     prefilled = time.perf_counter()
 
     def step(turn: Turn) -> tuple[Turn, Drawn]:
-        return next_turn(config, runtime, params, turn, book.active, draws, kind=sampling.kind)
+        return next_turn(*model, turn, book.active, draws, kind=sampling.kind)
 
     seconds, decoded = _decode_rows(book, turn, step)
-    stats = Stats(
-        int(count.sum()), sum(map(len, book.tokens)), prefilled - started, seconds, decoded,
-        book.drafted if speculate else 0, book.accepted if speculate else 0,
-    )
-    return Generated([np.array(new, np.int32) for new in book.tokens], book.stopped, stats)
+    drafts = (book.drafted, book.accepted) if speculate else (0, 0)
+    read, new = sum(map(len, prompts)), sum(map(len, book.tokens))
+    stats = Stats(read, new, prefilled - started, seconds, decoded, *drafts)
+    return Generated([np.array(row, np.int32) for row in book.tokens], book.stopped, stats)
 
 
 def _decode_rows(
@@ -142,8 +141,9 @@ class _Book:
         """Note the tokens [rows, s] of one step, the first `count` of each row."""
         active = self.active.copy()  # a step that has begun goes on with what it was given
         for row in np.flatnonzero(self.active).tolist():
-            self.drafted += 1
-            self.accepted += int(count[row]) - 1
+            if self.tokens[row]:  # the first token had no draft
+                self.drafted += 1
+                self.accepted += int(count[row]) - 1
             room = self._limit - len(self.tokens[row])
             new = tokens[row, : min(count[row], room)].tolist()
             end = next((i for i, token in enumerate(new) if token in self._stop_ids), None)
@@ -157,9 +157,10 @@ class _Book:
 
 def _check_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     """Return the prompts as arrays of ids."""
-    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray, jax.Array)):
-        raise InputError(f"tokens: expected ids, got {type(tokens).__name__}; encode the text first")
-    several = len(tokens) > 0 and not np.isscalar(tokens[0]) and np.ndim(tokens[0]) == 1
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray)):
+        kind = type(tokens).__name__
+        raise InputError(f"prompt: expected token ids, got {kind}; encode the text first")
+    several = len(tokens) > 0 and np.ndim(tokens[0]) > 0
     prompts = [np.asarray(prompt) for prompt in tokens] if several else [np.asarray(tokens)]
     for number, prompt in enumerate(prompts):
         where = f"prompt {number}" if several else "prompt"
@@ -174,10 +175,21 @@ def _check_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
     return prompts
 
 
-def _check_numbers(**numbers: int) -> None:
+def _check_settings(
+    config: ModelConfig, stop: int | Iterable[int], seed: int, **numbers: int
+) -> frozenset[int]:
+    """Return the stop ids."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if not isinstance(seed, (int, np.integer)) or not is_seed(seed):
+        raise InputError(f"seed: expected {SEEDS}, got {seed!r}")
+    ids = [stop] if isinstance(stop, (int, np.integer)) else list(stop)
+    try:
+        check_token_ids(ids, config.vocab_size)
+    except InputError as error:
+        raise InputError(f"stop: {error}") from error
+    return frozenset(ids)
 
 
 def _cache_length(
@@ -194,7 +206,7 @@ def _cache_length(
         )
     if max_length is not None:
         return max_length
-    return min(context, SMALLEST_CACHE * 2 ** (-(-(longest + new) // SMALLEST_CACHE) - 1).bit_length())
+    return min(context, power_of_two_times(SMALLEST_CACHE, longest + new))
 
 
 def _pad(prompts: list[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,7 @@ class StoredEntries(NamedTuple):
     config: ModelConfig
     form: str
 
-    def tile(self, number: Int[Array, ""], dtype: jnp.dtype) -> Array:
+    def tile(self, number: Int[Array, ""] | int, dtype: jnp.dtype) -> Array:
         """Return a tile of entries, [b, ENTRY_TILE, k]."""
         tile = read_tile(self.entries, self.layer, number * ENTRY_TILE, ENTRY_TILE)
         return decode_entry(tile, self.config, self.form, dtype)
@@ -150,7 +150,9 @@ def select_entries(
 
     best = jnp.full((b, t, k), -jnp.inf), jnp.zeros((b, t, k), jnp.int32)
     tiles = _tiles(index_keys.shape[2], size, end)
-    best = add_tile(0, best) if tiles == 1 else jax.lax.fori_loop(0, tiles, add_tile, best)
+    # A single tile needs no loop, of which the number of operations could not be counted.
+    single = isinstance(tiles, int)
+    best = add_tile(0, best) if single else jax.lax.fori_loop(0, tiles, add_tile, best)
     return best[1], best[0] > -jnp.inf
 
 

@@ -140,7 +140,8 @@ def fold_entries(
 
     Args:
       read: from the number of a tile to its entries, every tile of one size.
-      tiles: how many to take. Further ones, of which nothing is visible, would change no bit.
+      tiles: how many to take, as an array, or the int 1. Further ones, of which nothing is
+        visible, would change no bit.
     """
     q = chunk.q
     scale = q.shape[-1] ** -0.5
@@ -163,7 +164,7 @@ def fold_entries(
     # The sink is part of every softmax, so that it makes a finite first maximum.
     top = jnp.broadcast_to(sink, q.shape[:-1])
     state = Folded(top, jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32))
-    if isinstance(tiles, int) and tiles == 1:
+    if isinstance(tiles, int):
         return add_tile(0, state)
     return jax.lax.fori_loop(0, tiles, add_tile, state)
 

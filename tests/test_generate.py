@@ -1,0 +1,235 @@
+"""Generation equals transformers', a batch never shows in a row, speculation changes no token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+from test_hf_parity import CASES, FLASH_LIKE, oracle_of
+
+from dsv4_jax import InputError, Runtime, generate, init_params
+from dsv4_jax.cache import init_cache
+from dsv4_jax.decode import chunk_size, decode_step, prefill
+from dsv4_jax.infer import INVARIANT
+
+GREEDY = {"temperature": 0.0}
+BATCHES, STEPS, MOST_ROWS, LONGEST = 100, 4, 16, 150
+
+
+def prompts_of(name: str, lengths, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, CASES[name][0].vocab_size, length) for length in lengths]
+
+
+@pytest.mark.parametrize("name, lengths", [
+    ("flash-like", (1, 2, 5, 6, 7, 40)), ("pro-like", (1, 8, 9, 33)), ("unrolled", (1, 24, 90)),
+])
+def test_greedy_tokens_are_those_of_transformers(name, lengths):
+    """Every prompt by itself there, all in one batch here, over borders of windows and blocks."""
+    oracle, params, _ = oracle_of(name)
+    prompts, new = prompts_of(name, lengths), 50
+    actual = generate(CASES[name][0], params, prompts, max_new_tokens=new, **GREEDY)
+    for prompt, tokens in zip(prompts, actual.tokens, strict=True):
+        ids = torch.from_numpy(prompt)[None].long()
+        expected = oracle.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
+            eos_token_id=None, pad_token_id=0,
+        )
+        assert tokens.tolist() == expected[0, len(prompt) :].tolist()
+    assert actual.stopped == [False] * len(prompts)
+
+
+def logits_of_rows(name: str, runtime: Runtime, prompts, chunk: int, follow) -> np.ndarray:
+    """Return the logits after each prompt and after each of the tokens that follow it."""
+    config, _ = CASES[name]
+    model = config, runtime, oracle_of(name)[1]
+    rows = 2 ** max(1, (len(prompts) - 1).bit_length())
+    count = np.array([len(p) for p in prompts] + [0] * (rows - len(prompts)))
+    tokens = np.zeros((rows, count.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    state = init_cache(config, runtime, rows=rows, max_length=LONGEST + STEPS)
+    logits, state = prefill(*model, state, tokens, count, chunk=chunk)
+    out = [np.asarray(logits)]
+    for step in range(STEPS):
+        token = np.array([f[step] for f in follow] + [0] * (rows - len(prompts)), np.int32)
+        logits, state = decode_step(*model, state, token, np.arange(rows) < len(prompts))
+        out.append(np.asarray(logits))
+    return np.stack(out, axis=1)[: len(prompts)]
+
+
+@pytest.mark.parametrize("name, form", [
+    ("flash-like", "float32"), ("pro-like", "bfloat16"), ("unrolled", "served"),
+])
+def test_a_row_s_bits_do_not_depend_on_its_batch(name, form):
+    """A prompt alone, and among up to 15 others, anywhere, with any padding and chunks."""
+    runtime = Runtime(batch_invariant=True, cache=form)
+    rng, vocab = np.random.default_rng(5), CASES[name][0].vocab_size
+    prompt, follow = rng.integers(0, vocab, 45), rng.integers(0, vocab, STEPS)
+    alone = logits_of_rows(name, runtime, [prompt], 64, [follow])[0]
+    for _ in range(BATCHES // 3 + 1):
+        rows = int(rng.integers(1, MOST_ROWS + 1))
+        place = int(rng.integers(rows))
+        prompts = [rng.integers(0, vocab, rng.integers(1, LONGEST)) for _ in range(rows)]
+        follows = [rng.integers(0, vocab, STEPS) for _ in range(rows)]
+        prompts[place], follows[place] = prompt, follow
+        chunk = int(rng.choice([64, 128]))
+        batch = logits_of_rows(name, runtime, prompts, chunk, follows)
+        assert np.array_equal(batch[place], alone), (rows, place, chunk)
+
+
+@pytest.fixture(scope="module")
+def predicting():
+    """A model with a prediction block whose drafts are sometimes right."""
+    config = dataclasses.replace(
+        FLASH_LIKE, num_nextn_predict_layers=1, initializer_range=0.3, vocab_size=12
+    )
+    return config, init_params(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 0.9)])
+def test_speculation_changes_no_token(predicting, temperature, top_p):
+    """Over 100 prompts, of any length from 1 on; some drafts are right and some are wrong."""
+    config, params = predicting
+    rng = np.random.default_rng(6)
+    accepted = drafted = 0
+    for _ in range(7):
+        prompts = [rng.integers(0, config.vocab_size, n) for n in rng.integers(1, 70, 16)]
+        options = dict(max_new_tokens=40, temperature=temperature, top_p=top_p, seed=3)
+        plain = generate(config, params, prompts, **options)
+        ahead = generate(config, params, prompts, speculate=True, **options)
+        for expected, actual in zip(plain.tokens, ahead.tokens, strict=True):
+            assert actual.tolist() == expected.tolist()
+        accepted, drafted = accepted + ahead.stats.accepted, drafted + ahead.stats.drafted
+        assert plain.stats.drafted == 0
+    assert 0 < accepted < drafted
+
+
+def test_prediction_while_reading_equals_prediction_token_by_token(predicting):
+    """The prediction block's cache is the same however the prompt was read."""
+    config, params = predicting
+    prompt = np.random.default_rng(7).integers(0, config.vocab_size, 50)
+    model = config, INVARIANT, params
+    count, states = np.array([50, 0]), []
+    tokens = np.stack([prompt, prompt]).astype(np.int32)
+    for parts in ([50], [20, 30], [1] * 50):
+        state, done = init_cache(config, INVARIANT, rows=2, max_length=64, drafting=True), 0
+        for part in parts:
+            piece = tokens[:, done : done + part]
+            _, state = prefill(*model, state, piece, np.minimum(count, part))
+            done += part
+        states.append(jax.tree.map(lambda x: np.asarray(x[..., :1, :, :]), state.mtp.streams))
+        states[-1] = (states[-1], np.asarray(state.mtp.layer.window[:, 0]))
+    for streams, window in states[1:]:
+        assert np.abs(streams - states[0][0]).max() <= 1e-5 * np.abs(states[0][0]).max()
+        assert np.abs(window - states[0][1]).max() <= 1e-5 * np.abs(states[0][1]).max()
+
+
+def flash(tokens, **options):
+    return generate(FLASH_LIKE, oracle_of("flash-like")[1], tokens, **options)
+
+
+def test_the_stop_token_ends_a_row_and_is_not_part_of_it():
+    prompts = prompts_of("flash-like", (3, 9, 12))
+    free = flash(prompts, max_new_tokens=20, **GREEDY)
+    stop = int(free.tokens[1][7])
+    ended = flash(prompts, max_new_tokens=20, stop=[stop], **GREEDY)
+    for row, tokens in enumerate(free.tokens):
+        full = tokens.tolist()
+        assert ended.stopped[row] == (stop in full)
+        expected = full[: full.index(stop)] if stop in full else full
+        assert ended.tokens[row].tolist() == expected
+    assert ended.stopped[1] and flash(prompts[1], max_new_tokens=20, stop=stop, **GREEDY).stopped[0]
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_few_tokens(new):
+    prompts = prompts_of("flash-like", (3, 9))
+    full = flash(prompts, max_new_tokens=6, **GREEDY).tokens
+    few = flash(prompts, max_new_tokens=new, **GREEDY)
+    assert [tokens.tolist() for tokens in few.tokens] == [t[:new].tolist() for t in full]
+    assert few.stats.new_tokens == 2 * new and few.stats.prompt_tokens == 12
+
+
+def test_tokens_come_one_after_the_other():
+    heard: dict[int, list[int]] = {0: [], 1: []}
+    result = flash(
+        prompts_of("flash-like", (3, 9)), max_new_tokens=12, temperature=1.0,
+        on_tokens=lambda row, ids: heard[row].extend(ids),
+    )
+    assert [heard[row] for row in (0, 1)] == [tokens.tolist() for tokens in result.tokens]
+
+
+def test_the_seed_and_the_row_decide():
+    prompt = prompts_of("flash-like", (9,))[0]
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    texts = [flash([prompt, prompt], seed=seed, **options).tokens for seed in (0, 0, 1)]
+    lists = [[tokens.tolist() for tokens in text] for text in texts]
+    assert lists[0] == lists[1] and lists[0] != lists[2] and lists[0][0] != lists[0][1]
+    assert flash(prompt, seed=0, **options).tokens[0].tolist() == lists[0][0]
+
+
+def test_the_size_of_the_cache_and_of_chunks_change_nothing():
+    prompt = prompts_of("flash-like", (150,))[0]
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    texts = [
+        flash(prompt, **options).tokens[0].tolist(),
+        flash(prompt, max_length=162, **options).tokens[0].tolist(),
+        flash(prompt, chunk=1, **options).tokens[0].tolist(),
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_chunk_sizes_are_few():
+    assert [chunk_size(FLASH_LIKE, n) for n in (1, 64, 65, 128, 500, 512)] == [
+        64, 64, 128, 128, 512, 512,
+    ]
+    wide = dataclasses.replace(FLASH_LIKE, sliding_window=96)
+    assert [chunk_size(wide, n) for n in (1, 96, 97, 192, 193)] == [96, 96, 192, 192, 384]
+
+
+@pytest.mark.parametrize(("tokens", "message"), [
+    ([], "prompt: expected at least one token, got none; begin with BOS"),
+    ([[1], []], "prompt 1: expected at least one token"),
+    ([1, 96], r"prompt: token ids: expected 0 to 95 .* got 96 at index \(1,\)"),
+    ([[1], [2, 2**31]], "prompt 1: .* got 2147483648"),
+    ([-1], "got -1"),
+    ([0.5], "expected integers, got float64"),
+    ([True], "expected integers, got bool"),
+    ("text", "prompt: expected token ids, got str; encode the text first"),
+    ([["text"]], "prompt 0: token ids: expected integers"),
+    (7, "prompt: expected token ids, got int"),
+    (np.zeros((1, 1, 1), int), "prompt 0: expected one row of ids"),
+    ([1] * 250, r"prompt: expected at most 246 tokens.* for 10 .* max_position_embeddings = 256"),
+])
+def test_a_bad_prompt_is_refused(tokens, message):
+    with pytest.raises(InputError, match=message):
+        flash(tokens, max_new_tokens=10)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
+    ({"max_new_tokens": 1.5}, "max_new_tokens: expected an integer"),
+    ({"top_p": 0}, "top_p: expected more than 0"),
+    ({"temperature": -1}, "temperature: expected 0"),
+    ({"seed": -1}, "seed: expected 0 to"),
+    ({"seed": "a"}, "seed: expected 0 to"),
+    ({"stop": 96}, "stop: token ids: expected 0 to 95"),
+    ({"stop": ["a"]}, "stop: token ids: expected integers"),
+    ({"chunk": 0}, "chunk: expected an integer of at least 1"),
+    ({"max_length": 8}, "leave room for 4 new ones in max_length = 8, got 5"),
+    ({"max_length": 300}, "max_length: expected 1 to 256"),
+    ({"speculate": True}, "drafting: expected a model with multi-token prediction"),
+])
+def test_a_setting_out_of_its_range_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        flash([1, 2, 3, 4, 5], **{"max_new_tokens": 4, **options})
+
+
+def test_the_edges_of_the_context_and_vocabulary_are_accepted():
+    full = FLASH_LIKE.max_position_embeddings
+    result = flash([0, 95] * ((full - 2) // 2), max_new_tokens=2, **GREEDY)
+    assert len(result.tokens[0]) == 2
