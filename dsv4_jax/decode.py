@@ -22,8 +22,8 @@ from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.sampling import draw_tokens
 from dsv4_jax.shapes import Array, Bool, Float, Int, Streams, Tokens
 
-# The least tokens of a chunk. XLA on CPU multiplies up to about 50 rows by another kernel, which
-# rounds differently; every chunk has more, whatever the batch.
+# XLA on CPU multiplies up to about 50 rows by another kernel, which rounds differently: every
+# chunk has more, whatever the batch.
 SMALLEST_CHUNK = 64
 
 

@@ -18,7 +18,6 @@ from dsv4_jax.errors import InputError
 from dsv4_jax.sampling import check_sampling
 from dsv4_jax.token_ids import check_token_ids
 
-SMALLEST_BATCH = 2  # XLA on CPU multiplies a single row by another kernel, which rounds differently
 SMALLEST_CACHE = 1024  # tokens; caches are this times a power of two, so that programs are reused
 
 Prompts = np.ndarray | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
@@ -78,10 +77,10 @@ def generate(
     """
     started = time.perf_counter()
     sampling = check_sampling(temperature, top_p)
-    prompts = _check_prompts(tokens, config.vocab_size)
+    prompts = check_prompts(config, tokens)
     stop_ids = _check_settings(config, stop, seed, max_new_tokens=max_new_tokens, chunk=chunk)
-    length = _cache_length(config, prompts, max_new_tokens, max_length)
-    rows = power_of_two_times(SMALLEST_BATCH, len(prompts))
+    length = cache_length(config, prompts, max_new_tokens, max_length)
+    rows = power_of_two_times(1, len(prompts))
     cache = init_cache(config, runtime, rows=rows, max_length=length, drafting=speculate)
 
     book = _Book(len(prompts), rows, max_new_tokens, stop_ids, on_tokens)
@@ -155,8 +154,8 @@ class _Book:
         self.active = active
 
 
-def _check_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
-    """Return the prompts as arrays of ids."""
+def check_prompts(config: ModelConfig, tokens: Prompts) -> list[np.ndarray]:
+    """Return prompts as arrays of ids, or raise an InputError for what is none."""
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray)):
         kind = type(tokens).__name__
         raise InputError(f"prompt: expected token ids, got {kind}; encode the text first")
@@ -169,7 +168,7 @@ def _check_prompts(tokens: Prompts, vocab_size: int) -> list[np.ndarray]:
         if prompt.size == 0:
             raise InputError(f"{where}: expected at least one token, got none; begin with BOS")
         try:
-            check_token_ids(prompt, vocab_size)
+            check_token_ids(prompt, config.vocab_size)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
     return prompts
@@ -192,14 +191,20 @@ def _check_settings(
     return frozenset(ids)
 
 
-def _cache_length(
-    config: ModelConfig, prompts: list[np.ndarray], new: int, max_length: int | None
+def cache_length(
+    config: ModelConfig, prompts: list[np.ndarray], new: int, max_length: int | None = None
 ) -> int:
-    """Return how many tokens of a row the cache is to hold."""
+    """Return how many tokens of a row the cache is to hold.
+
+    Raises:
+      InputError: the prompts leave no room for so many new tokens.
+    """
     longest, context = max(map(len, prompts)), config.max_position_embeddings
     room = context if max_length is None else max_length
+    of = "max_position_embeddings" if max_length is None else "max_length"
+    if new >= room:
+        raise InputError(f"max_new_tokens: expected less than {of} = {room}, got {new}")
     if longest + new > room:
-        of = "max_position_embeddings" if max_length is None else "max_length"
         raise InputError(
             f"prompt: expected at most {room - new} tokens, which leave room for {new} new ones in "
             f"{of} = {room}, got {longest}; shorten it, or ask for fewer new tokens"

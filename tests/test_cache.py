@@ -22,6 +22,7 @@ from dsv4_jax.config import CSA
 SAME_SUMS = 1e-5
 ROWS = 3
 ROOM = 256
+FLOAT32 = Runtime()
 
 # Widths of a call: one token; fewer than any window; several windows, with a ragged last one.
 WIDTHS = (1, 5, 61)
@@ -50,7 +51,7 @@ def rows_and_logits(name: str) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.asarray(apply({"params": oracle_of(name)[1]}, tokens))
 
 
-def empty(name: str, runtime: Runtime = Runtime()):
+def empty(name: str, runtime: Runtime = FLOAT32):
     return init_cache(CASES[name][0], runtime, rows=ROWS, max_length=ROOM)
 
 

@@ -12,6 +12,7 @@ from test_hf_parity import CASES, FLASH_LIKE, oracle_of
 
 from dsv4_jax import InputError, Runtime, generate, init_params
 from dsv4_jax.cache import init_cache
+from dsv4_jax.chunks import power_of_two_times
 from dsv4_jax.decode import chunk_size, decode_step, prefill
 from dsv4_jax.infer import INVARIANT
 
@@ -46,7 +47,7 @@ def logits_of_rows(name: str, runtime: Runtime, prompts, chunk: int, follow) -> 
     """Return the logits after each prompt and after each of the tokens that follow it."""
     config, _ = CASES[name]
     model = config, runtime, oracle_of(name)[1]
-    rows = 2 ** max(1, (len(prompts) - 1).bit_length())
+    rows = power_of_two_times(2, len(prompts))
     count = np.array([len(p) for p in prompts] + [0] * (rows - len(prompts)))
     tokens = np.zeros((rows, count.max()), np.int32)
     for row, prompt in enumerate(prompts):
