@@ -25,7 +25,7 @@ MOST_ROWS = 16  # of a batch of short rows: a few requests do not wait for many 
 class Row(NamedTuple):
     """Tokens of one document, the last of which are scored."""
 
-    tokens: np.ndarray  # ids
+    tokens: Sequence[int] | np.ndarray  # ids
     first: int  # the first token that is scored, given those before it; at least 1
 
 
@@ -89,7 +89,9 @@ def check_row(config: ModelConfig, row: Row) -> None:
         )
 
 
-def windows(tokens: np.ndarray, *, context: int, stride: int) -> Iterator[Row]:
+def windows(
+    tokens: Sequence[int] | np.ndarray, *, context: int, stride: int
+) -> Iterator[Row]:
     """Cut a document into rows in which every token but its first is scored exactly once.
 
     Each row has `context` tokens before its last one, also where that repeats some, and all of
