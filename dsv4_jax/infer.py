@@ -21,7 +21,7 @@ SMALLEST_BATCH = 2  # XLA on CPU multiplies a single row by another kernel, whic
 SMALLEST_CACHE = 1024  # tokens; caches are this times a power of two, so that programs are reused
 
 Prompts = np.ndarray | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
-OnTokens = Callable[[int, list[int]], None]
+OnTokens = Callable[[int, list[int]], bool | None]
 
 
 class Stats(NamedTuple):
@@ -67,7 +67,8 @@ def generate(
       chunk: tokens of a prompt that are read at once; bounds the memory of reading.
       max_length: tokens that the cache has room for in each row; by default what is needed,
         rounded up.
-      on_tokens: called with the number of a prompt and its next tokens as they come.
+      on_tokens: called with the number of a prompt and its next tokens as they come; where it
+        returns True, the prompt's continuation ends with them.
     Raises:
       InputError: a prompt is empty, has other ids than the vocabulary or leaves too little of the
         context for the new tokens; a setting is out of its range.
@@ -150,8 +151,8 @@ class _Book:
             self.stopped[row] = end is not None
             self.tokens[row] += new[:end]
             active[row] = end is None and len(self.tokens[row]) < self._limit
-            if self._on_tokens is not None and new[:end]:
-                self._on_tokens(row, new[:end])
+            if self._on_tokens is not None and new[:end] and self._on_tokens(row, new[:end]):
+                active[row] = False
         self.active = active
 
 
