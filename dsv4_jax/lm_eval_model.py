@@ -89,11 +89,16 @@ class EvaluatedModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         rows = []
         for texts, context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
+            if not continuation:  # nothing that is scored would be this text's
                 raise InputError(
-                    f"lm_eval: expected a continuation of 1 to {self.max_length} tokens (the "
-                    f"context), got {len(continuation)} in {shown(texts)}; choose another "
-                    "--context, or leave the task out"
+                    "lm_eval: expected a continuation that adds tokens to its context, got "
+                    f"{shown(texts)}, in which they merge; leave the task out"
+                )
+            if len(continuation) > self.max_length:
+                raise InputError(
+                    f"lm_eval: expected continuations of at most {self.max_length} tokens, the "
+                    f"context, got {len(continuation)} in {shown(texts)}; raise --context, or leave "
+                    "the task out"
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :]
             rows.append(Row(tokens, len(tokens) - len(continuation)))
