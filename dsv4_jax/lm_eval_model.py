@@ -97,8 +97,8 @@ class EvaluatedModel(TemplateLM):
             if len(continuation) > self.max_length:
                 raise InputError(
                     f"lm_eval: expected continuations of at most {self.max_length} tokens, the "
-                    f"context, got {len(continuation)} in {shown(texts)}; raise --context, or leave "
-                    "the task out"
+                    f"context, got {len(continuation)} in {shown(texts)}; raise --context, or "
+                    "leave the task out"
                 )
             tokens = (context + continuation)[-(self.max_length + 1) :]
             rows.append(Row(tokens, len(tokens) - len(continuation)))
