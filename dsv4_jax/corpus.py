@@ -99,6 +99,25 @@ def read_documents(
     return documents
 
 
+def held_out_texts(corpus: Corpus, limit: int) -> list[str]:
+    """Return the held-out texts up to `limit` bytes of UTF-8, the last one cut between characters.
+
+    Raises:
+      InputError: the limit leaves no room for a character.
+    """
+    kept = []
+    for document in corpus.held_out:
+        part = document.text.encode()[:limit].decode(errors="ignore")
+        limit -= len(part.encode())
+        if part:
+            kept.append(part)
+        if part != document.text:
+            break
+    if not kept:
+        raise InputError("data.held_out_bytes: expected room for a character; raise it")
+    return kept
+
+
 def _is_single_text(source: str) -> bool:
     return source != STDLIB and Path(source).is_file() and Path(source).suffix != ".jsonl"
 

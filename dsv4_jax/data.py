@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from dsv4_jax.corpus import Corpus, read_corpus
+from dsv4_jax.corpus import held_out_texts, read_corpus
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
 from dsv4_jax.tokenizer import Tokenizer, tokenizer_of_run
@@ -223,25 +223,6 @@ def pack(pieces: grain.MapDataset, *, seq_len: int, seed: int) -> grain.IterData
         seed=seed,
     )
     return packed.map(_name_arrays)
-
-
-def held_out_texts(corpus: Corpus, limit: int) -> list[str]:
-    """Return the held-out texts up to `limit` bytes of UTF-8, the last one cut between characters.
-
-    Raises:
-      InputError: the limit leaves no room for a character.
-    """
-    kept = []
-    for document in corpus.held_out:
-        part = document.text.encode()[:limit].decode(errors="ignore")
-        limit -= len(part.encode())
-        if part:
-            kept.append(part)
-        if part != document.text:
-            break
-    if not kept:
-        raise InputError("data.held_out_bytes: expected room for a character; raise it")
-    return kept
 
 
 def baseline_bits_per_byte(text: bytes) -> dict[str, float]:

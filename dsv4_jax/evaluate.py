@@ -11,8 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from dsv4_jax.corpus import read_corpus, read_documents
-from dsv4_jax.data import held_out_texts
+from dsv4_jax.corpus import held_out_texts, read_corpus, read_documents
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import check_writable, write_atomically
 from dsv4_jax.scoring import check_windows, score_rows, windows

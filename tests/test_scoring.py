@@ -18,11 +18,11 @@ from dsv4_jax.scoring import (
 )
 
 CONFIG = ModelConfig(
-    vocab_size=32, hidden_size=16, layer_types=("csa", "hca"), moe_types=("hash", "learned"),
+    vocab_size=32, hidden_size=16, layer_types=("csa",), moe_types=("learned",),
     num_attention_heads=2, head_dim=8, qk_rope_head_dim=4, q_lora_rank=8, o_groups=2,
-    o_lora_rank=4, sliding_window=4, csa_ratio=2, hca_ratio=4, index_n_heads=2, index_head_dim=8,
-    index_topk=2, max_position_embeddings=256, n_routed_experts=4, num_experts_per_tok=2,
-    moe_intermediate_size=8, hc_mult=2, hc_sinkhorn_iters=3, num_nextn_predict_layers=1,
+    o_lora_rank=4, sliding_window=4, csa_ratio=2, index_n_heads=2, index_head_dim=8, index_topk=2,
+    max_position_embeddings=256, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=8, hc_mult=2, hc_sinkhorn_iters=3, num_nextn_predict_layers=0,
     initializer_range=0.5,
 )  # fmt: skip
 RUNTIME = Runtime()
