@@ -117,7 +117,7 @@ def unread(monkeypatch):
     ("saved", "perplexity", {"text": "no/such"}, "text: expected .* 'no/such' does not exist"),
     ("run", "perplexity", {"context": 257}, r"context: expected 1 to 256 .* got 257"),
     ("run", "perplexity", {"context": 8, "stride": 9}, "stride: expected 1 to 8 .* got 9"),
-    ("none", "perplexity", {}, "'config.json': expected a file in .*none"),
+    ("none", "perplexity", {}, "checkpoint: expected the folder of a model, got '.*none'"),
 ])
 def test_bad_input_is_refused_before_weights_are_read(
     folders, unread, checkpoint, tasks, settings, message

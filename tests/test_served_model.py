@@ -82,7 +82,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(folders, run, tmp_path):
         ((run,), r"expected a tokenizer.json, got none; add --tokenizer=FILE"),
         ((run, tmp_path / "no.json"), r"tokenizer: expected .* got .*no.json', which is no file"),
         ((run, tmp_path / "large.json"), r"expected at most 300 token ids .* got 399"),
-        ((tmp_path / "none",), r"'config.json': expected a file in .*none"),
+        ((tmp_path / "none",), "checkpoint: expected the folder of a model, got '.*none'"),
         ((folders / "float32", None, "float8"), "dtype: expected one of float32, bfloat16"),
     ):
         with pytest.raises(InputError, match=message) as caught:
