@@ -88,8 +88,8 @@ def read_documents(
         documents = [d for d in _read_source(source, text_field, setting) if d.text]
     except OSError as error:
         raise InputError(
-            f"{setting}: cannot read {error.filename or source}: {error.strerror}; check the path and "
-            "its permissions"
+            f"{setting}: cannot read {error.filename or source}: {error.strerror}; check the path "
+            "and its permissions"
         ) from error
     if not documents:
         raise InputError(
