@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import math
+import numbers
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -213,9 +214,10 @@ def load_tasks(name: str, *, include: str | None, fewshot: int | None, context: 
         if name in manager.all_tasks:
             loaded = manager.load([name])
     except Exception as error:  # tasks and readers of data are programs of others
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"lm_eval: expected a task whose files and data can be read, got {name} with "
-            f"{type(error).__name__}: {error}; mend it, or see that its data is there"
+            f"lm_eval: expected a task whose files and data can be read, got {name} with {reason}; "
+            "mend it, or see that its data is there"
         ) from error
     if name not in manager.all_tasks:
         close = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -273,4 +275,6 @@ def _of(request: Instance) -> str:
 
 def _plain(value: object) -> float | int | str:
     """Return a metric as JSON has it: lm-eval's may be NumPy's, or no number."""
-    return value if isinstance(value, (int, str)) else float(value)
+    if isinstance(value, (int, str)):
+        return value
+    return float(value) if isinstance(value, numbers.Real) else str(value)

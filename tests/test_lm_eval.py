@@ -235,6 +235,11 @@ def tasks(offline, tmp_path_factory) -> Path:
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}}
         document = {"task": f"tiny_{name}", "test_split": "test", **data, **task}
         (path / f"{name}.yaml").write_text(json.dumps(document))
+    group = {
+        "group": "tiny_group", "task": ["tiny_choice", "tiny_rolling"],
+        "aggregate_metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (path / "group.yaml").write_text(json.dumps(group))
     return path
 
 
@@ -263,6 +268,14 @@ def test_local_tasks_run_offline(folder, tasks, log_softmax):
         assert (metrics["documents"], metrics["fewshot"]) == (2, 0)
         assert all(isinstance(value, (int, float)) for value in metrics.values())
     assert 0 <= found["lm_eval:tiny_generation"]["exact_match,none"] <= 1
+
+
+def test_a_group_has_metrics_of_its_own_and_of_its_tasks(folder, tasks):
+    found = evaluated(folder, tasks, "group", lm_eval_fewshot=1, lm_eval_limit=1)
+    assert found.keys() == {"lm_eval:tiny_group", "lm_eval:tiny_choice", "lm_eval:tiny_rolling"}
+    metric = "acc,none"
+    assert found["lm_eval:tiny_group"][metric] == found["lm_eval:tiny_choice"][metric]
+    assert found["lm_eval:tiny_choice"]["fewshot"] == 1
 
 
 def test_documents_can_be_limited(folder, tasks):
