@@ -59,18 +59,7 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
       InputError: the source is missing, unreadable, empty, not UTF-8, not JSON lines, or too
         small to be split; the message names the place.
     """
-    try:
-        documents = [document for document in _read_source(source, text_field) if document.text]
-    except OSError as error:
-        raise InputError(
-            f"data.source: cannot read {error.filename}: {error.strerror}; check the path and its "
-            "permissions"
-        ) from error
-    if not documents:
-        raise InputError(
-            f"data.source: expected text, but there is none in {source}; name a file with text, "
-            f'a directory of such files or "{STDLIB}"'
-        )
+    documents = read_documents(source, text_field=text_field)
     if _is_single_text(source):
         train, held_out = _split_text(documents[0], held_out_fraction)
     else:
@@ -85,11 +74,55 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
     return Corpus(tuple(train), tuple(held_out))
 
 
+def read_documents(
+    source: str, *, text_field: str, setting: str = "data.source"
+) -> list[Document]:
+    """Read the documents of a source, see `read_corpus`, in the order of their names.
+
+    Args:
+      setting: that names the source, for messages.
+    Raises:
+      InputError: as for `read_corpus`.
+    """
+    try:
+        documents = [d for d in _read_source(source, text_field, setting) if d.text]
+    except OSError as error:
+        raise InputError(
+            f"{setting}: cannot read {error.filename or source}: {error.strerror}; check the path "
+            "and its permissions"
+        ) from error
+    if not documents:
+        raise InputError(
+            f"{setting}: expected text, but there is none in {source}; name a file with text, "
+            f'a directory of such files or "{STDLIB}"'
+        )
+    return documents
+
+
+def held_out_texts(corpus: Corpus, limit: int) -> list[str]:
+    """Return the held-out texts up to `limit` bytes of UTF-8, the last one cut between characters.
+
+    Raises:
+      InputError: the limit leaves no room for a character.
+    """
+    kept = []
+    for document in corpus.held_out:
+        part = document.text.encode()[:limit].decode(errors="ignore")
+        limit -= len(part.encode())
+        if part:
+            kept.append(part)
+        if part != document.text:
+            break
+    if not kept:
+        raise InputError("data.held_out_bytes: expected room for a character; raise it")
+    return kept
+
+
 def _is_single_text(source: str) -> bool:
     return source != STDLIB and Path(source).is_file() and Path(source).suffix != ".jsonl"
 
 
-def _read_source(source: str, text_field: str) -> Iterator[Document]:
+def _read_source(source: str, text_field: str, setting: str) -> Iterator[Document]:
     if source == STDLIB:
         return _read_stdlib()
     if source and Path(source).is_dir():
@@ -97,7 +130,7 @@ def _read_source(source: str, text_field: str) -> Iterator[Document]:
     if source and Path(source).is_file():
         return _read_file(Path(source), Path(source).name, text_field)
     raise InputError(
-        f'data.source: expected a file, a directory or "{STDLIB}", but {source!r} does not exist; '
+        f'{setting}: expected a file, a directory or "{STDLIB}", but {source!r} does not exist; '
         "check the path"
     )
 
@@ -137,7 +170,7 @@ def _text_of_line(line: bytes, place: str, text_field: str) -> str:
         found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
         raise InputError(
             f'{place}: expected an object with a string "{text_field}", got {found[:80] or "none"};'
-            " name the right key as data.text_field"
+            " name the right key as text_field"
         )
     text = record[text_field]
     if not _is_encodable(text):

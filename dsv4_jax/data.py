@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from dsv4_jax.corpus import read_corpus
+from dsv4_jax.corpus import held_out_texts, read_corpus
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
 from dsv4_jax.tokenizer import Tokenizer, tokenizer_of_run
@@ -139,7 +139,7 @@ def prepare_corpus(
         config.source, text_field=config.text_field, held_out_fraction=config.held_out_fraction
     )
     train = [document.text for document in corpus.train]
-    held_out = _first_bytes([document.text for document in corpus.held_out], config.held_out_bytes)
+    held_out = held_out_texts(corpus, config.held_out_bytes)
     tokenizer = tokenizer_of_run(
         train, path=config.tokenizer, workdir=workdir, vocab_size=vocab_size
     )
@@ -249,21 +249,6 @@ def _rows_of_shard(rows: int, index: int, count: int) -> slice:
             "one of them"
         )
     return slice(index * rows // count, (index + 1) * rows // count)
-
-
-def _first_bytes(texts: list[str], limit: int) -> list[str]:
-    """Keep the first texts up to `limit` bytes of UTF-8, the last one cut between characters."""
-    kept = []
-    for text in texts:
-        part = text.encode()[:limit].decode(errors="ignore")
-        limit -= len(part.encode())
-        if part:
-            kept.append(part)
-        if part != text:
-            break
-    if not kept:
-        raise InputError("data.held_out_bytes: expected room for a character; raise it")
-    return kept
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], kept: Path) -> Documents:

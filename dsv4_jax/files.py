@@ -45,26 +45,30 @@ def closing(thing: Closable) -> Iterator[Closable]:
     thing.close()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "workdir") -> None:
     """Make a folder if need be and try that it can be written to, before work is lost for it.
 
+    Args:
+      flag: that says where to write.
     Raises:
       InputError: it cannot.
     """
     probe = folder / ".writable"
-    write_atomically(probe, b"")
+    write_atomically(probe, b"", flag)
     probe.unlink()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, flag: str = "workdir") -> None:
     """Write a file whole or not at all, even if the process is killed.
 
+    Args:
+      flag: that says where to write.
     Raises:
       InputError: the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with explain_failed_write(path):
+        with explain_failed_write(path, flag):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(data)

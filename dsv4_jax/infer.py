@@ -18,10 +18,11 @@ from dsv4_jax.errors import InputError
 from dsv4_jax.sampling import check_sampling
 from dsv4_jax.token_ids import check_token_ids
 
+SMALLEST_BATCH = 2  # of an invariant runtime: a single row is compiled and rounded otherwise
 SMALLEST_CACHE = 1024  # tokens; caches are this times a power of two, so that programs are reused
 
 Prompts = np.ndarray | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
-OnTokens = Callable[[int, list[int]], None]
+OnTokens = Callable[[int, list[int]], bool | None]
 
 
 class Stats(NamedTuple):
@@ -70,7 +71,8 @@ def generate(
       chunk: tokens of a prompt that are read at once; bounds the memory of reading.
       max_length: tokens that the cache has room for in each row; by default what is needed,
         rounded up.
-      on_tokens: called with the number of a prompt and its next tokens as they come.
+      on_tokens: called with the number of a prompt and its next tokens as they come; where it
+        returns True, the prompt's continuation ends with them.
     Raises:
       InputError: a prompt is empty, has other ids than the vocabulary or leaves too little of the
         context for the new tokens; a setting is out of its range.
@@ -80,7 +82,8 @@ def generate(
     prompts = check_prompts(config, tokens)
     stop_ids = _check_settings(config, stop, seed, max_new_tokens=max_new_tokens, chunk=chunk)
     length = cache_length(config, prompts, max_new_tokens, max_length)
-    rows = power_of_two_times(1, len(prompts))
+    least = SMALLEST_BATCH if runtime.batch_invariant else 1
+    rows = power_of_two_times(least, len(prompts))
     cache = init_cache(config, runtime, rows=rows, max_length=length, drafting=speculate)
 
     book = _Book(len(prompts), rows, max_new_tokens, stop_ids, on_tokens)
@@ -149,8 +152,8 @@ class _Book:
             self.stopped[row] = end is not None
             self.tokens[row] += new[:end]
             active[row] = end is None and len(self.tokens[row]) < self._limit
-            if self._on_tokens is not None and new[:end]:
-                self._on_tokens(row, new[:end])
+            if self._on_tokens is not None and new[:end] and self._on_tokens(row, new[:end]):
+                active[row] = False
         self.active = active
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.attention.layout import tokens_ahead
 from dsv4_jax.chunks import join, map_chunks, split
-from dsv4_jax.shapes import Array, Float, Hidden, Int, Logits, Tokens
+from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Logits, Tokens
 
 
 def shifted_targets(
@@ -69,6 +69,24 @@ def _token_nats_backward(gradients, scale):
 
 
 token_nats.defvjp(_token_nats_forward, _token_nats_backward)
+
+def token_scores(
+    hidden: Hidden, head: Float[Array, "d v"], targets: Int[Array, "b t"]
+) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
+    """Return log softmax(hidden head)[target] in nats, and whether the target is the likeliest id.
+
+    Logits exist for a stretch of tokens at a time, in float32.
+    """
+    head = head.astype(hidden.dtype)
+
+    def scores(stretch):
+        hidden, targets = stretch
+        logits = _logits(hidden, head)
+        return -_nats(logits, targets)[0], jnp.argmax(logits, axis=-1) == targets
+
+    outs = jax.lax.map(scores, split((hidden, targets), _elements(hidden, head)))
+    return tuple(join(out, hidden.shape[1]) for out in outs)
+
 
 # On a CPU the logits pay for their way through the cache by three products: pieces may be larger
 # than those of attention. At [4096, 128] x [128, 4096] on 2 cores, value and gradients: pieces of

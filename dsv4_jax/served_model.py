@@ -84,6 +84,11 @@ def check_model(
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     path = Path(folder)
+    if not path.is_dir():
+        raise InputError(
+            f"checkpoint: expected the folder of a model, got {str(folder)!r}, which is no folder; "
+            "check the path"
+        )
     source = open_checkpoint(path, skip_mtp=skip_mtp).source
     run = None
     if (path / CHECKPOINTS).is_dir():

@@ -9,7 +9,7 @@ import pytest
 
 from dsv4_jax import chunks, loss
 from dsv4_jax.attention.layout import tokens_ahead
-from dsv4_jax.loss import next_token_loss, shifted_targets, token_nats
+from dsv4_jax.loss import next_token_loss, shifted_targets, token_nats, token_scores
 
 VOCAB, WIDTH = 11, 9
 ROUNDING = 1e-6  # float32 sums of a few dozen terms, relative
@@ -124,6 +124,29 @@ def test_token_nats_of_bfloat16_are_those_of_rounded_factors():
     for found, wanted in zip(gradients, exact, strict=True):
         error = np.abs(found.astype(jnp.float32) - wanted).max()
         assert error <= BFLOAT16 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("chunk_elements", [2**18, 18, 1])
+def test_token_scores(chunk_elements, monkeypatch):
+    """Cut into pieces or not, each score is that of a loop."""
+    hidden, head = random_operands((2, 7))
+    monkeypatch.setattr(
+        chunks, "CHUNK_ELEMENTS", dict.fromkeys(chunks.CHUNK_ELEMENTS, chunk_elements)
+    )
+    likeliest = np.argmax(hidden @ head, axis=-1)
+    targets = np.where(np.arange(7) % 2, likeliest, random_tokens(2, 7))
+    scores, greedy = jax.jit(token_scores)(hidden, head, targets)
+    for place in np.ndindex(2, 7):
+        expected = -negative_log_probability(hidden[place], head, targets[place])
+        assert scores[place] == pytest.approx(expected, rel=GRADIENT)
+    np.testing.assert_array_equal(greedy, targets == likeliest)
+
+
+def test_token_scores_hold_the_logits_of_a_stretch_alone():
+    hidden, head = jnp.zeros((1, 4096, 4)), jnp.zeros((4, 4096))
+    compiled = jax.jit(token_scores).lower(hidden, head, jnp.zeros((1, 4096), int)).compile()
+    logits = 4 * hidden.shape[1] * head.shape[1]  # bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 4
 
 
 def test_token_nats_of_large_logits_stay_finite():
