@@ -87,11 +87,6 @@ def decode_entry(
     return jnp.concatenate([values.astype(dtype), turned.astype(dtype)], axis=-1)
 
 
-def round_entry(x: Float[Array, "*rows k"], config: ModelConfig, form: str) -> Array:
-    """Return entries as they come back from the cache."""
-    return decode_entry(encode_entry(x, config, form), config, form, x.dtype)
-
-
 def encode_index_key(x: Float[Array, "*rows j"], form: str) -> Array:
     """Store index keys."""
     if form != SERVED:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from dsv4_jax.completion import parse_completion
-from dsv4_jax.config import CACHE_FORMATS, SEEDS, Runtime, check_choice, is_seed
+from dsv4_jax.config import CACHE_FORMATS, Runtime, check_choice
 from dsv4_jax.encoding import render_messages
 from dsv4_jax.encoding_texts import EOS
 from dsv4_jax.errors import InputError
-from dsv4_jax.infer import Stats, cache_length, check_prompts, generate
+from dsv4_jax.infer import Stats, cache_length, check_numbers, check_prompts, generate
 from dsv4_jax.sampling import check_sampling
 from dsv4_jax.served_model import ServedModel, check_model
-from dsv4_jax.terminal import say
+from dsv4_jax.terminal import say, show
 from dsv4_jax.tokenizer import TextStream, Tokenizer
 
 # How V4 thinks before it answers: the mode of its prompt, and the effort.
@@ -40,11 +39,7 @@ class WriteOptions:
     def __post_init__(self):
         check_sampling(self.temperature, self.top_p)
         check_choice("cache", self.cache, CACHE_FORMATS)
-        for name in ("max_new_tokens", "chunk"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not is_seed(self.seed):
-            raise InputError(f"seed: expected {SEEDS}, got {self.seed}")
+        check_numbers(self.seed, max_new_tokens=self.max_new_tokens, chunk=self.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +116,7 @@ def run_prompts(
         cache_length(folder.config, check_prompts(folder.config, prompt), options.max_new_tokens)
         if model is None:
             model = _with_runtime(folder.load(), options)
-        written = write(model, prompt, options, _print)
+        written = write(model, prompt, options, show)
         say("")
         say(_speed(written.stats))
         if chat:
@@ -156,8 +151,3 @@ def _speed(stats: Stats) -> str:
     if stats.drafted:
         line += f"; {stats.accepted} of {stats.drafted} drafts accepted"
     return line + "]"
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -80,7 +80,8 @@ def generate(
     started = time.perf_counter()
     sampling = check_sampling(temperature, top_p)
     prompts = check_prompts(config, tokens)
-    stop_ids = _check_settings(config, stop, seed, max_new_tokens=max_new_tokens, chunk=chunk)
+    check_numbers(seed, max_new_tokens=max_new_tokens, chunk=chunk)
+    stop_ids = _check_stop(config, stop)
     length = cache_length(config, prompts, max_new_tokens, max_length)
     least = SMALLEST_BATCH if runtime.batch_invariant else 1
     rows = power_of_two_times(least, len(prompts))
@@ -177,15 +178,17 @@ def check_prompts(config: ModelConfig, tokens: Prompts) -> list[np.ndarray]:
     return prompts
 
 
-def _check_settings(
-    config: ModelConfig, stop: int | Iterable[int], seed: int, **numbers: int
-) -> frozenset[int]:
-    """Return the stop ids."""
+def check_numbers(seed: int, **numbers: int) -> None:
+    """Raise an InputError unless the seed is one and the other numbers are positive integers."""
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
     if not isinstance(seed, (int, np.integer)) or not is_seed(seed):
         raise InputError(f"seed: expected {SEEDS}, got {seed!r}")
+
+
+def _check_stop(config: ModelConfig, stop: int | Iterable[int]) -> frozenset[int]:
+    """Return the stop ids."""
     ids = [stop] if isinstance(stop, (int, np.integer)) else list(stop)
     try:
         check_token_ids(ids, config.vocab_size)

@@ -14,10 +14,15 @@ def say(text: str) -> None:
     _print(text, end="\n")
 
 
+def show(text: str) -> None:
+    """Print a piece of a line at once."""
+    _print(text, end="")
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Say what is being done, and then how long it took."""
-    _print(f"{what} ...", end="")
+    show(f"{what} ...")
     start = time.perf_counter()
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from typecheck import check_shapes
 
 os.environ["XLA_FLAGS"] = (
@@ -12,3 +13,16 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 check_shapes()
+
+
+@pytest.fixture(scope="module")
+def quick_scores():
+    """Compile the scoring of tokens with few optimisations."""
+    from compiling import quick_jit  # these import the package, which must come after the above
+
+    from dsv4_jax import scoring
+
+    program = quick_jit(scoring._score, static_argnums=(0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "_program", lambda: program)
+        yield

@@ -26,7 +26,6 @@ from dsv4_jax.cache_format import (
     encode_index_key,
     entry_array,
     index_key_array,
-    round_entry,
     round_index_query,
 )
 
@@ -35,6 +34,11 @@ CONTEXT = 2**20
 V32_BYTES = CONTEXT * 61 * (656 + 132)  # fact sheet 8: FP8 latents and FP8 index keys
 PLAIN, ROTATED = 448, 64
 FLOAT32 = np.dtype(np.float32)
+
+
+def round_entry(x: jax.Array, config: ModelConfig, form: str) -> jax.Array:
+    """Return entries as they come back from a cache."""
+    return decode_entry(encode_entry(x, config, form), config, form, x.dtype)
 
 
 def released(name: str) -> ModelConfig:

@@ -124,8 +124,8 @@ def test_a_chat_is_answered(v4_folder, capsys):
     ({"temperature": -1.0}, "temperature: expected 0"),
     ({"top_p": 0.0}, "top_p: expected more than 0"),
     ({"cache": "int8"}, "cache: expected one of float32, bfloat16, served, got 'int8'"),
-    ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1"),
-    ({"chunk": 0}, "chunk: expected at least 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
+    ({"chunk": 0}, "chunk: expected an integer of at least 1, got 0"),
     ({"seed": -1}, "seed: expected 0 to"),
 ])
 def test_options_out_of_their_range_are_refused(change, message):

@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
 
-from dsv4_jax import InputError, Transformer, evaluate, lm_eval_model, scoring
+from dsv4_jax import InputError, Transformer, evaluate, lm_eval_model
 from dsv4_jax.evaluate import Settings
 from dsv4_jax.lm_eval_model import EvaluatedModel, generation_of
 from dsv4_jax.served_model import ServedModel, open_model
@@ -57,12 +57,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    program = quick_jit(scoring._score, static_argnums=(0, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_program", lambda: program)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 
 @pytest.fixture(scope="module")

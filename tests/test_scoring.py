@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 
-from dsv4_jax import InputError, ModelConfig, Runtime, Transformer, init_params, scoring
+from dsv4_jax import InputError, ModelConfig, Runtime, Transformer, init_params
 from dsv4_jax.scoring import (
     MOST_ROWS,
     SMALLEST_LENGTH,
@@ -30,12 +30,7 @@ LONGEST = 130  # tokens
 TOLERANCE = 1e-5  # relative, of sums of float32 log-likelihoods
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    program = quick_jit(scoring._score, static_argnums=(0, 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_program", lambda: program)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_scores")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dsv4_jax.attention.csa import attend_selected
 from dsv4_jax.attention.indexer import Indexer
 from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.cache import LayerCache, Span, StackedCache
-from dsv4_jax.cache_format import encode_entry, encode_index_key, round_entry
+from dsv4_jax.cache_format import encode_entry, encode_index_key
 from dsv4_jax.config import CSA, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.params import param
@@ -121,8 +121,7 @@ class Attention(nn.Module):
         """Run the core over what earlier calls have read and x; return its output and the cache."""
         c, form = self.config, self.runtime.cache
         (window, main, index), layer, span = cache.stack, cache.layer, places.span
-        earlier, window = read_and_write_window(window, layer, kv, span, c, form)
-        kv = round_entry(kv, c, form)
+        earlier, kv, window = read_and_write_window(window, layer, kv, span, c, form)
         if self.kind == WINDOW:
             out = attend_window(q, kv, sink, window=c.sliding_window, earlier=earlier)
             return out, LayerCache(window, None, None)

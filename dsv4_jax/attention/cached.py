@@ -64,12 +64,12 @@ def sees_all_entries(config: ModelConfig) -> bool:
 
 def read_and_write_window(
     ring: Array, layer: Int[Array, ""], keys: Keys, span: Span, config: ModelConfig, form: str
-) -> tuple[Earlier, Array]:
-    """Return the keys that came before, and the ring with the new ones."""
-    slots = ring.shape[2]
-    before = decode_entry(ring[layer], config, form, keys.dtype)
-    earlier = Earlier(before, ring_positions(span.start, slots), span.start)
-    return earlier, write_ring(ring, layer, encode_entry(keys, config, form), span)
+) -> tuple[Earlier, Keys, Array]:
+    """Return the keys that came before, the new ones as stored, and the ring with these."""
+    stored = encode_entry(keys, config, form)
+    before, keys = (decode_entry(x, config, form, keys.dtype) for x in (ring[layer], stored))
+    earlier = Earlier(before, ring_positions(span.start, ring.shape[2]), span.start)
+    return earlier, keys, write_ring(ring, layer, stored, span)
 
 
 def store_entries(
