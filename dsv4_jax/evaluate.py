@@ -134,7 +134,7 @@ def _perplexity(folder: ModelFolder, settings: Settings, _: str) -> Measure:
     stride = settings.stride or context
     check_windows(folder.config, context, stride)
     with timed("reading and encoding the text"):
-        texts = _read_texts(folder, settings)
+        texts = read_texts(folder, settings)
         tokens = [document[:-1] for document in folder.tokenizer.encode_documents(texts)]
     rows = [row for ids in tokens for row in windows(ids, context=context, stride=stride)]
     count, size = sum(map(len, tokens)) - len(tokens), sum(len(text.encode()) for text in texts)
@@ -162,7 +162,7 @@ def _usual_context(folder: ModelFolder) -> int:
     return min(LONGEST_CONTEXT, folder.config.max_position_embeddings)
 
 
-def _read_texts(folder: ModelFolder, settings: Settings) -> list[str]:
+def read_texts(folder: ModelFolder, settings: Settings) -> list[str]:
     """Return the named text, or what a run has held out."""
     if settings.text is not None:
         documents = read_documents(

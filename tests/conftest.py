@@ -15,6 +15,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 check_shapes()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drop what a file has compiled: gigabytes of programs slow down all that comes after."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_scores():
     """Compile the scoring of tokens with few optimisations."""

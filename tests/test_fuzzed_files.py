@@ -330,7 +330,7 @@ def test_a_fuzzed_file_loads_whole_or_is_refused_in_one_line(batch, tmp_path):
         for _ in range(FILES):
             whole, made, name = damaged(rng)
             path.write_bytes(whole)
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 blocks = read_all(tmp_path)
             except InputError as error:
@@ -339,7 +339,7 @@ def test_a_fuzzed_file_loads_whole_or_is_refused_in_one_line(batch, tmp_path):
                 assert shown(name)[1:-1] in message, (made, name, message)
                 if len(made) == 1 and made[0] in STRUCTURE and made[0] is not bad_metadata:
                     assert "tensor '" in message or 'tensor "' in message, (made, message)
-            assert time.perf_counter() - start < 1, made
+            assert time.process_time() - start < 1, made
             if blocks is not None:
                 check_loaded(blocks, whole)
             blocks = None  # each of its maps has a descriptor
@@ -420,13 +420,13 @@ LOADED = {"a million keys", "digits after the point", "escapes"}  # and the libr
 @pytest.mark.parametrize("case", HEADER_BOMBS)
 def test_a_header_bomb_costs_little(case, tmp_path):
     (tmp_path / SINGLE).write_bytes(HEADER_BOMBS[case]())
-    start = time.perf_counter()
+    start = time.process_time()
     with memory_below(1e9):
         if case in LOADED:
             read_all(tmp_path)
         else:
             refusal(tmp_path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def weight_map(pairs: Callable[[], str]) -> Callable[[], str]:
@@ -456,10 +456,10 @@ INDEX_BOMBS = {
 def test_an_index_bomb_costs_little(case, tmp_path):
     files.write_sharded(tmp_path, MODULES)
     (tmp_path / INDEX).write_text(INDEX_BOMBS[case]())
-    start = time.perf_counter()
+    start = time.process_time()
     with memory_below(1e9):
         refusal(tmp_path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_file_of_a_gigabyte_is_not_read_as_an_index(tmp_path):

@@ -25,13 +25,16 @@ def prompts_of(name: str, lengths, seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(0, CASES[name][0].vocab_size, length) for length in lengths]
 
 
-@pytest.mark.parametrize("name, lengths", [
-    ("flash-like", (1, 2, 5, 6, 7, 40)), ("pro-like", (1, 8, 9, 33)), ("unrolled", (1, 24, 90)),
+@pytest.mark.parametrize("name, lengths, new", [
+    ("flash-like", (1, 6, 40), 20),
+    pytest.param("flash-like", (1, 2, 5, 6, 7, 40), 50, marks=pytest.mark.heavy),
+    pytest.param("pro-like", (1, 8, 9, 33), 50, marks=pytest.mark.heavy),
+    pytest.param("unrolled", (1, 24, 90), 50, marks=pytest.mark.heavy),
 ])
-def test_greedy_tokens_are_those_of_transformers(name, lengths):
+def test_greedy_tokens_are_those_of_transformers(name, lengths, new):
     """Every prompt by itself there, all in one batch here, over borders of windows and blocks."""
     oracle, params, _ = oracle_of(name)
-    prompts, new = prompts_of(name, lengths), 50
+    prompts = prompts_of(name, lengths)
     actual = generate(CASES[name][0], params, prompts, max_new_tokens=new, **GREEDY)
     for prompt, tokens in zip(prompts, actual.tokens, strict=True):
         ids = torch.from_numpy(prompt)[None].long()
@@ -63,8 +66,10 @@ def logits_of_rows(name: str, runtime: Runtime, prompts, chunk: int, follow) -> 
 
 
 @pytest.mark.parametrize("name, form, batches, most_rows", [
-    ("flash-like", "float32", 100, 16), ("pro-like", "bfloat16", 10, 4),
-    ("unrolled", "served", 10, 4),
+    ("flash-like", "float32", 10, 4),
+    pytest.param("flash-like", "float32", 100, 16, marks=pytest.mark.heavy),
+    pytest.param("pro-like", "bfloat16", 10, 4, marks=pytest.mark.heavy),
+    pytest.param("unrolled", "served", 10, 4, marks=pytest.mark.heavy),
 ])
 def test_a_row_s_bits_do_not_depend_on_its_batch(name, form, batches, most_rows):
     """A prompt alone, and among others, anywhere, with any padding and chunks."""
@@ -92,13 +97,16 @@ def predicting():
     return config, init_params(config, jax.random.key(0))
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 0.9)])
-def test_speculation_changes_no_token(predicting, temperature, top_p):
-    """Over 100 prompts, of any length from 1 on; some drafts are right and some are wrong."""
+@pytest.mark.parametrize("temperature, top_p, batches", [
+    (0.0, 1.0, 2), (1.0, 0.9, 1),
+    *(pytest.param(*kind, 7, marks=pytest.mark.heavy) for kind in ((0.0, 1.0), (1.0, 0.9))),
+])
+def test_speculation_changes_no_token(predicting, temperature, top_p, batches):
+    """Over prompts of any length from 1 on, heavy: 112; some drafts are right, some are wrong."""
     config, params = predicting
     rng = np.random.default_rng(6)
     accepted = drafted = 0
-    for _ in range(7):
+    for _ in range(batches):
         prompts = [rng.integers(0, config.vocab_size, n) for n in rng.integers(1, 70, 16)]
         options = dict(max_new_tokens=40, temperature=temperature, top_p=top_p, seed=3)
         plain = generate(config, params, prompts, **options)
