@@ -149,5 +149,9 @@ def _speed(stats: Stats) -> str:
     if stats.decode_tokens:
         line += f", then {stats.decode_tokens / stats.decode_seconds:,.1f} tokens/s"
     if stats.drafted:
-        line += f"; {stats.accepted} of {stats.drafted} drafts accepted"
+        share = stats.accepted / stats.drafted
+        line += (
+            f"; {stats.accepted} of {stats.drafted} drafts accepted ({share:.0%}), "
+            f"{1 + share:.2f} tokens a step"
+        )
     return line + "]"
