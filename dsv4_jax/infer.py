@@ -21,7 +21,8 @@ from dsv4_jax.token_ids import check_token_ids
 SMALLEST_BATCH = 2  # of an invariant runtime: a single row is compiled and rounded otherwise
 SMALLEST_CACHE = 1024  # tokens; caches are this times a power of two, so that programs are reused
 
-Prompts = np.ndarray | Sequence[int] | Sequence[Sequence[int]] | Sequence[np.ndarray]
+Row = np.ndarray | jax.Array | Sequence[int]
+Prompts = Row | Sequence[Row]
 OnTokens = Callable[[int, list[int]], bool | None]
 
 
@@ -160,15 +161,14 @@ class _Book:
 
 def check_prompts(config: ModelConfig, tokens: Prompts) -> list[np.ndarray]:
     """Return prompts as arrays of ids, or raise an InputError for what is none."""
-    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, (Sequence, np.ndarray)):
+    if not _is_row(tokens):
         kind = type(tokens).__name__
         raise InputError(f"prompt: expected token ids, got {kind}; encode the text first")
-    several = len(tokens) > 0 and np.ndim(tokens[0]) > 0
-    prompts = [np.asarray(prompt) for prompt in tokens] if several else [np.asarray(tokens)]
-    for number, prompt in enumerate(prompts):
+    several = len(tokens) > 0 and _is_row(tokens[0])
+    prompts = []
+    for number, given in enumerate(tokens if several else [tokens]):
         where = f"prompt {number}" if several else "prompt"
-        if prompt.ndim != 1:
-            raise InputError(f"{where}: expected one row of ids, got shape {prompt.shape}")
+        prompts.append(prompt := _as_row(given, where))
         if prompt.size == 0:
             raise InputError(f"{where}: expected at least one token, got none; begin with BOS")
         try:
@@ -176,6 +176,22 @@ def check_prompts(config: ModelConfig, tokens: Prompts) -> list[np.ndarray]:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
     return prompts
+
+
+def _is_row(given) -> bool:
+    if isinstance(given, (np.ndarray, jax.Array)):
+        return given.ndim > 0
+    return isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+
+
+def _as_row(given, where: str) -> np.ndarray:
+    try:
+        row = np.asarray(given)
+    except ValueError as error:  # lists of unequal lengths
+        raise InputError(f"{where}: expected one row of ids, got lists within it") from error
+    if row.ndim != 1:
+        raise InputError(f"{where}: expected one row of ids, got shape {row.shape}")
+    return row
 
 
 def check_numbers(seed: int, **numbers: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from test_hf_parity import CASES, FLASH_LIKE, oracle_of
 
-from dsv4_jax import InputError, Runtime, generate, init_params
+from dsv4_jax import InputError, Runtime, generate, infer, init_params
 from dsv4_jax.cache import init_cache
 from dsv4_jax.chunks import power_of_two_times
 from dsv4_jax.decode import chunk_size, decode_step, prefill
@@ -193,6 +194,13 @@ def test_the_size_of_the_cache_and_of_chunks_change_nothing():
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_prompts_are_lists_or_arrays():
+    ids = prompts_of("flash-like", (9,))[0]
+    forms = (ids, ids.tolist(), jnp.array(ids), ids[None], [jnp.array(ids)], [tuple(ids)])
+    texts = [flash(form, max_new_tokens=3, **GREEDY).tokens[0].tolist() for form in forms]
+    assert all(text == texts[0] for text in texts)
+
+
 def test_chunk_sizes_are_few():
     assert [chunk_size(FLASH_LIKE, n) for n in (1, 64, 65, 128, 500, 512)] == [
         64, 64, 128, 128, 512, 512,
@@ -218,6 +226,36 @@ def test_chunk_sizes_are_few():
 def test_a_bad_prompt_is_refused(tokens, message):
     with pytest.raises(InputError, match=message):
         flash(tokens, max_new_tokens=10)
+
+
+def test_no_bad_prompt_reaches_the_device(monkeypatch):
+    """Matrix row B8: one thing wrong in one of several prompts, anywhere."""
+    def reached(*_, **__):
+        raise AssertionError("a bad prompt has reached the cache")
+
+    monkeypatch.setattr(infer, "init_cache", reached)
+    rng, vocab = np.random.default_rng(8), FLASH_LIKE.vocab_size
+    wrong = [-1, vocab, 2**31, -(2**31), 2**63 - 1, 0.5, np.nan, True, "a", None, [1]]
+    room = FLASH_LIKE.max_position_embeddings - 10
+    for number in range(300):
+        prompts = [rng.integers(0, vocab, rng.integers(1, 30)).tolist()
+                   for _ in range(rng.integers(1, 5))]
+        spoilt = int(rng.integers(len(prompts)))
+        if number % 15 == 0:
+            prompts[spoilt] = []
+        elif number % 15 == 1:
+            prompts[spoilt] = [0] * (room + int(rng.choice([1, 2**20])))
+        else:
+            token = wrong[number % len(wrong)]
+            place = int(rng.integers(len(prompts[spoilt])))
+            # All of them are bools: NumPy makes integers of a mixed list.
+            prompts[spoilt] = [
+                token if i == place or isinstance(token, bool) else good
+                for i, good in enumerate(prompts[spoilt])
+            ]
+        with pytest.raises(InputError, match="prompt") as error:
+            flash(prompts if len(prompts) > 1 else prompts[0], max_new_tokens=10)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("options", "message"), [

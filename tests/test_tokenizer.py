@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv4_jax import InputError
 from dsv4_jax import tokenizer as tokenizer_module
 from dsv4_jax.token_ids import check_token_ids
 from dsv4_jax.tokenizer import (
@@ -148,6 +151,58 @@ def test_bad_tokenizers_are_refused(tmp_path, specification):
     with pytest.raises(ValueError, match="bad.json: expected") as error:
         load_tokenizer(path, vocab_size=VOCAB_SIZE)
     assert "\n" not in str(error.value)
+
+
+def damaged(choose: random.Random) -> bytes:
+    """Return a `tokenizer.json` with one thing wrong, in its bytes or in what they say."""
+    data = bytearray(TOKENIZER.specification.encode())
+    kind = choose.randrange(8)
+    if kind == 0:
+        return bytes(data[: choose.randrange(len(data))])
+    if kind == 1:
+        data[choose.randrange(len(data))] = choose.randrange(256)
+        return bytes(data)
+    if kind == 2:
+        cut = choose.randrange(len(data))
+        return bytes(data[:cut] + data[cut + choose.randrange(1, 50) :])
+    fields = copy.deepcopy(json.loads(data))
+    vocab, merges = fields["model"]["vocab"], fields["model"]["merges"]
+    token, other = choose.sample(sorted(vocab), 2)
+    if kind == 3:
+        vocab[token] = choose.choice([vocab[other], VOCAB_SIZE, 2**31, 2**32 - 1, -1, 0.5, "1"])
+    elif kind == 4:
+        del vocab[token]
+    elif kind == 5:
+        merges.insert(choose.randrange(len(merges) + 1), choose.choice(
+            [[token, other], [token], [], "a", f"{token} {other}", ["zq", "qz"], None, merges[0]]
+        ))
+    elif kind == 6:
+        holder = choose.choice([fields, fields["model"], fields["decoder"]])
+        holder[choose.choice(sorted(holder))] = choose.choice([None, 0, "x", [], {}, {"type": "x"}])
+    else:
+        fields["added_tokens"].append(choose.choice([
+            {}, {"id": choose.choice([0, 5, 9999]), "content": token, "special": True},
+            fields["added_tokens"][0] | {"id": choose.randrange(400), "content": other},
+        ]))
+    return json.dumps(fields).encode()
+
+
+def test_a_damaged_tokenizer_is_refused_in_one_line_or_keeps_every_byte(tmp_path):
+    """Matrix row B5: 200 files, none of which ends in another error than ours."""
+    choose, path, refused = random.Random(0), tmp_path / "damaged.json", 0
+    for _ in range(200):
+        path.write_bytes(damaged(choose))
+        try:
+            found = load_tokenizer(path, vocab_size=VOCAB_SIZE)
+        except InputError as error:
+            assert "damaged.json" in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        for text in TEXTS:
+            ids = found.encode(text)
+            check_token_ids(ids, VOCAB_SIZE)
+            assert found.decode(ids) == text
+    assert 50 < refused < 200
 
 
 def test_unreadable_tokenizers_are_refused(tmp_path):
