@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_hf_parity import CASES, FLASH_LIKE, oracle_of
 
-from dsv4_jax import InputError, Runtime, generate, infer, init_params
+from dsv4_jax import InputError, Runtime, decode, generate, infer, init_params
 from dsv4_jax.cache import init_cache
 from dsv4_jax.chunks import power_of_two_times
 from dsv4_jax.decode import chunk_size, decode_step, prefill
@@ -199,6 +199,26 @@ def test_prompts_are_lists_or_arrays():
     forms = (ids, ids.tolist(), jnp.array(ids), ids[None], [jnp.array(ids)], [tuple(ids)])
     texts = [flash(form, max_new_tokens=3, **GREEDY).tokens[0].tolist() for form in forms]
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.heavy
+def test_the_memory_of_reading_does_not_grow_with_the_row():
+    """Of the compiled program for one chunk: what it allocates beside weights and cache."""
+    config, runtime = dataclasses.replace(FLASH_LIKE, max_position_embeddings=2**20), Runtime()
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    bytes_of = []
+    for length in (2**12, 2**16, 2**20):
+        cache = jax.eval_shape(lambda n=length: init_cache(config, runtime, rows=1, max_length=n))
+        logits, tokens, count = (
+            jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in
+            (((1, config.vocab_size), jnp.float32), ((1, 512), jnp.int32), ((1,), jnp.int32))
+        )
+        read = decode._jitted(decode._read)
+        program = read.lower(config, runtime, params, cache, logits, tokens, count).compile()
+        bytes_of.append(program.memory_analysis().temp_size_in_bytes)
+    # The index keys of a short row are less than one tile.
+    assert bytes_of[1] <= 1.01 * bytes_of[2] <= 1.02 * bytes_of[1]
+    assert bytes_of[0] <= bytes_of[1] < 100e6
 
 
 def test_chunk_sizes_are_few():
