@@ -1,8 +1,11 @@
 """Texts with facts in them that are asked for later: to train retrieval, and to measure it.
 
-A fact is "The pass key of Alice is amber falcon."; its value, two words, is drawn at random for
-each text, so that it can only be known from the text. Between facts stand sentences that say
-nothing of them. All texts follow from their seeds.
+A fact is "They call Alice falcon."; who is called what is drawn at random for each text, so that it
+can only be known from the text. Between facts stand sentences that say nothing of them. All texts
+follow from their seeds.
+
+What is asked for follows the word that the question ends with, so that one layer of attention can
+find it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,10 @@ NAMES = (
     "Alice", "Boris", "Clara", "David", "Elena", "Felix", "Grace", "Henry", "Irene", "James",
     "Karen", "Louis", "Maria", "Oscar", "Paula", "Simon",
 )  # fmt: skip
-COLOURS = (
-    "amber", "black", "blue", "brown", "coral", "golden", "green", "grey", "ivory", "orange",
-    "pink", "purple", "red", "silver", "white", "yellow",
-)  # fmt: skip
 ANIMALS = (
-    "badger", "bear", "camel", "crane", "deer", "eagle", "falcon", "fox", "hare", "horse", "lion",
-    "otter", "owl", "rabbit", "raven", "swan", "tiger", "turtle", "whale", "wolf",
+    "badger", "bear", "camel", "crane", "crow", "deer", "dove", "duck", "eagle", "falcon", "fox",
+    "frog", "goat", "goose", "hare", "hawk", "horse", "lion", "lynx", "mole", "otter", "owl",
+    "panda", "rabbit", "raven", "robin", "seal", "snake", "swan", "tiger", "whale", "wolf",
 )  # fmt: skip
 FILLER = (
     "The grass in the garden is wet.",
@@ -40,33 +40,31 @@ FILLER = (
 )
 
 TRAINING_TEXTS = 16384
-TRAINING_WORDS = 50, 250  # words and marks of a training text, each a token or more
-MOST_FACTS = 6  # of a training text
-FILLER_SHARE = 0.0, 0.5  # of the sentences of a training text
+TRAINING_WORDS = 60, 250  # words and marks of a training text, each a token or more
+MOST_FACTS = 8  # of a training text
+FILLER_SHARE = 0.0, 0.6  # of the sentences of a training text
 
 
 class Fact(NamedTuple):
-    """A pass key and whose it is."""
+    """What somebody is called."""
 
     name: str
-    value: str  # two words
+    value: str
 
     @property
     def statement(self) -> str:
         """The sentence that says it."""
-        return f"The pass key of {self.name} is {self.value}."
+        return f"They call {self.name} {self.value}."
 
     @property
     def question(self) -> str:
         """The question after it, with the beginning of the answer; the value comes next."""
-        return f"What is the pass key of {self.name}? The pass key of {self.name} is"
+        return f"What do they call {self.name}? They call {self.name}"
 
 
 def draw_facts(rng: random.Random, count: int) -> list[Fact]:
-    """Draw facts of different names, without a word of a value in common."""
-    values = zip(rng.sample(COLOURS, count), rng.sample(ANIMALS, count), strict=True)
-    names = rng.sample(NAMES, count)
-    return [Fact(name, " ".join(words)) for name, words in zip(names, values, strict=True)]
+    """Draw facts of different names and values."""
+    return list(map(Fact, rng.sample(NAMES, count), rng.sample(ANIMALS, count)))
 
 
 def training_text(number: int) -> str:

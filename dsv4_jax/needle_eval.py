@@ -17,7 +17,7 @@ import numpy as np
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import InputError
 from dsv4_jax.infer import generate
-from dsv4_jax.needle import ANIMALS, COLOURS, FILLER, NAMES, Fact, draw_facts
+from dsv4_jax.needle import ANIMALS, FILLER, NAMES, Fact, draw_facts
 from dsv4_jax.served_model import ServedModel
 from dsv4_jax.terminal import timed
 from dsv4_jax.tokenizer import Tokenizer
@@ -189,11 +189,10 @@ def _encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 def _longest_fact(tokenizer: Tokenizer) -> Fact:
     """Return a fact of the most tokens."""
-    name, colour, animal = (
-        max(words, key=lambda word: len(_encode(tokenizer, word)))
-        for words in (NAMES, COLOURS, ANIMALS)
+    name, animal = (
+        max(words, key=lambda word: len(_encode(tokenizer, word))) for words in (NAMES, ANIMALS)
     )
-    return Fact(name, f"{colour} {animal}")
+    return Fact(name, animal)
 
 
 def _listed(values: Sequence[float]) -> str:
