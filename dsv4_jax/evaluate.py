@@ -221,7 +221,9 @@ def _lm_eval(folder: ModelFolder, settings: Settings, name: str) -> Measure:
 
 def _needle(folder: ModelFolder, settings: Settings, _: str) -> Measure:
     """Prepare the retrieval of facts from texts of several lengths."""
-    lengths = settings.needle_lengths or _usual_lengths(folder)
+    lengths = settings.needle_lengths
+    if lengths is None:
+        lengths = _usual_lengths(folder)
     depths, plot = settings.needle_depths, settings.needle_plot
     check_haystacks(folder.config, folder.tokenizer, lengths, depths)
     if plot is not None:

@@ -90,7 +90,7 @@ def _sentences(rng: random.Random, unsaid: list[Fact], filler: float) -> Iterato
     """Say facts and say them again, without an end.
 
     What has been said longest ago comes again most often. Some facts come again at once, in reach
-    of a window: these are learned first, and help to learn the others.
+    of a small window: to copy these is learned first, and helps to learn the others.
     """
     said: list[Fact] = []  # the last one last
     while True:
