@@ -49,6 +49,24 @@ def require(*holders: flags.FlagHolder) -> None:
             )
 
 
+def numbers(holder: flags.FlagHolder, kind: type[int] | type[float]) -> tuple | None:
+    """Return the numbers of a list flag; None if it was not given.
+
+    Raises:
+      InputError: something in it is no such number.
+    """
+    if holder.value is None:
+        return None
+    try:
+        return tuple(map(kind, holder.value))
+    except ValueError as error:
+        expected = {int: "whole numbers", float: "numbers"}[kind]
+        raise InputError(
+            f"--{holder.name}: expected {expected} with commas between, got "
+            f"{','.join(holder.value)!r}"
+        ) from error
+
+
 def read_config_file(value: str) -> ConfigDict:
     """Run a config file and return what its get_config() returns.
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from dsv4_jax.errors import InputError
+from dsv4_jax.needle import TRAINING_TEXTS, training_text
 
-STDLIB = "stdlib"
+STDLIB, NEEDLE = "stdlib", "needle"
 
 # Folders of the interpreter's library that are not its own sources, or that test them.
 _NOT_LIBRARY = frozenset(
@@ -43,6 +44,8 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
 
     - `"stdlib"`: the running interpreter's own library, one document per UTF-8 `.py` file, test
       folders left out. Split by the SHA-256 of the relative path.
+    - `"needle"`: texts made to train retrieval, see `needle.training_text`. Split by the SHA-256
+      of the text.
     - a directory: one document per file below it, names that begin with a dot left out. Split by
       the SHA-256 of the relative path.
     - a `.jsonl` file (also below a directory): one document per line that is not blank. Split by
@@ -94,7 +97,7 @@ def read_documents(
     if not documents:
         raise InputError(
             f"{setting}: expected text, but there is none in {source}; name a file with text, "
-            f'a directory of such files or "{STDLIB}"'
+            f'a directory of such files, "{STDLIB}" or "{NEEDLE}"'
         )
     return documents
 
@@ -119,19 +122,22 @@ def held_out_texts(corpus: Corpus, limit: int) -> list[str]:
 
 
 def _is_single_text(source: str) -> bool:
-    return source != STDLIB and Path(source).is_file() and Path(source).suffix != ".jsonl"
+    made = source in (STDLIB, NEEDLE)
+    return not made and Path(source).is_file() and Path(source).suffix != ".jsonl"
 
 
 def _read_source(source: str, text_field: str, setting: str) -> Iterator[Document]:
     if source == STDLIB:
         return _read_stdlib()
+    if source == NEEDLE:
+        return _write_needles()
     if source and Path(source).is_dir():
         return _read_directory(Path(source), text_field)
     if source and Path(source).is_file():
         return _read_file(Path(source), Path(source).name, text_field)
     raise InputError(
-        f'{setting}: expected a file, a directory or "{STDLIB}", but {source!r} does not exist; '
-        "check the path"
+        f'{setting}: expected a file, a directory, "{STDLIB}" or "{NEEDLE}", but {source!r} does '
+        "not exist; check the path"
     )
 
 
@@ -142,6 +148,12 @@ def _read_stdlib() -> Iterator[Document]:
             name, data = path.relative_to(root).as_posix(), path.read_bytes()
             if _is_utf8(data):
                 yield Document(name, name, data.decode())
+
+
+def _write_needles() -> Iterator[Document]:
+    for number in range(TRAINING_TEXTS):
+        text = training_text(number)
+        yield Document(f"{NEEDLE}:{number}", text, text)
 
 
 def _read_directory(root: Path, text_field: str) -> Iterator[Document]:

@@ -14,6 +14,15 @@ from pathlib import Path
 from dsv4_jax.corpus import held_out_texts, read_corpus, read_documents
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import check_writable, write_atomically
+from dsv4_jax.needle_eval import (
+    answer_tokens,
+    check_haystacks,
+    measure_retrieval,
+    retrieval_table,
+    shares_of,
+    shortest_prompt,
+)
+from dsv4_jax.needle_plot import check_plot, write_plot
 from dsv4_jax.scoring import check_windows, score_rows, windows
 from dsv4_jax.served_model import ModelFolder, ServedModel, check_model
 from dsv4_jax.terminal import say, timed
@@ -40,10 +49,15 @@ class Settings:
     lm_eval_include: str | None = None  # folder of lm-eval's task files
     lm_eval_fewshot: int | None = None  # examples in a prompt; None: the task's own number
     lm_eval_limit: int | None = None  # documents of a task; None: all
+    needle_lengths: tuple[int, ...] | None = None  # tokens of prompts; None: up to the usual
+    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the fact in its text
+    needle_samples: int = 20  # prompts of each length and depth
+    needle_plot: str | None = None  # file for the heat map, a PNG; None: none
 
     def __post_init__(self):
         least = {
-            "context": 1, "stride": 1, "batch_tokens": 1, "lm_eval_fewshot": 0, "lm_eval_limit": 1
+            "context": 1, "stride": 1, "batch_tokens": 1, "lm_eval_fewshot": 0,
+            "lm_eval_limit": 1, "needle_samples": 1,
         }  # fmt: skip
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -111,7 +125,11 @@ def task_form(name: str) -> str:
 
 
 def table(results: Results) -> list[str]:
-    """Write results as lines of text: row, metric, value."""
+    """Write results as lines of text: row, metric, value; retrieval as a table of its own."""
+    needles = {row: results[row] for row in results if row.startswith("needle/")}
+    if needles:
+        rest = {row: results[row] for row in results if row not in needles}
+        return [*table(rest), *retrieval_table(needles)]
     cells = [
         (row, metric, f"{value:.6g}" if isinstance(value, float) else f"{value}")
         for row, metrics in results.items() for metric, value in metrics.items()
@@ -201,9 +219,39 @@ def _lm_eval(folder: ModelFolder, settings: Settings, name: str) -> Measure:
     )
 
 
+def _needle(folder: ModelFolder, settings: Settings, _: str) -> Measure:
+    """Prepare the retrieval of facts from texts of several lengths."""
+    lengths = settings.needle_lengths
+    if lengths is None:
+        lengths = _usual_lengths(folder)
+    depths, plot = settings.needle_depths, settings.needle_plot
+    check_haystacks(folder.config, folder.tokenizer, lengths, depths)
+    if plot is not None:
+        check_plot(plot)
+
+    def measure(model: ServedModel) -> Results:
+        rows = measure_retrieval(
+            model, lengths, depths, settings.needle_samples, batch_tokens=settings.batch_tokens
+        )
+        if plot is not None:
+            write_plot(plot, *shares_of(rows))
+        return rows
+
+    return measure
+
+
+def _usual_lengths(folder: ModelFolder) -> tuple[int, ...]:
+    """Return a quarter, a half and all of the usual context, as far as a prompt fits into them."""
+    room = folder.config.max_position_embeddings - answer_tokens(folder.tokenizer)
+    longest = min(_usual_context(folder), room)
+    shortest = min(longest, shortest_prompt(folder.tokenizer))
+    return tuple(sorted({max(shortest, longest // parts) for parts in (4, 2, 1)}))
+
+
 # Each function checks all that it can before the weights are there, and returns what measures.
 TASKS: dict[str, Callable[[ModelFolder, Settings, str], Measure]] = {
     "perplexity": _perplexity,
+    "needle": _needle,
     "lm_eval": _lm_eval,
 }
 WITH_ARGUMENT = frozenset({"lm_eval"})

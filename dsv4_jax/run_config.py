@@ -28,7 +28,7 @@ class DataConfig:
       InputError: a value is ill-typed or out of range; so for all configs in this file.
     """
 
-    source: str = "stdlib"  # "stdlib" (this Python's own sources), a text file, directory or .jsonl
+    source: str = "stdlib"  # or "needle", a text file, directory or .jsonl; see `read_corpus`
     text_field: str = "text"  # key of the text in each line of a .jsonl file
     tokenizer: str | None = None  # path of a tokenizer.json; None trains one of vocab_size entries
     seq_len: int  # tokens per row; 4096 first, later 16K, 64K and 1M (report 4.2.2)
@@ -41,7 +41,7 @@ class DataConfig:
         check_field_types(self)
         _check_rules(
             self,
-            ("source", self.source != "", 'a path or "stdlib"'),
+            ("source", self.source != "", 'a path, "stdlib" or "needle"'),
             ("text_field", self.text_field != "", "a key"),
             ("tokenizer", self.tokenizer != "", "a path or None"),
             ("seq_len", self.seq_len >= 2, "at least 2: a token and its successor"),

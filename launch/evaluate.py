@@ -41,7 +41,19 @@ CONTEXT = flags.DEFINE_integer(
 STRIDE = flags.DEFINE_integer(
     "stride", None, "perplexity: tokens that each window scores; none: the context"
 )
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "tokens of a batch that is scored")
+BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "tokens of a batch")
+LENGTHS = flags.DEFINE_list(
+    "needle_lengths", None, "needle: tokens of the prompts, with commas between; none: a quarter, "
+    "a half and all of what perplexity takes for its context"
+)
+DEPTHS = flags.DEFINE_list(
+    "needle_depths", "0,0.25,0.5,0.75,1", "needle: places of the fact in its text, from 0, the "
+    "beginning, to 1, just before the question"
+)
+SAMPLES = flags.DEFINE_integer("needle_samples", 20, "needle: prompts of each length and depth")
+PLOT = flags.DEFINE_string(
+    "needle_plot", None, "needle: file for a heat map, a PNG (needs the extra plot)"
+)
 INCLUDE = flags.DEFINE_string(
     "lm_eval_include", None, "folder with task files of your own; functions that they name are run"
 )
@@ -57,6 +69,8 @@ def main() -> None:
         text=TEXT.value, text_field=TEXT_FIELD.value, context=CONTEXT.value, stride=STRIDE.value,
         batch_tokens=BATCH_TOKENS.value, lm_eval_include=INCLUDE.value,
         lm_eval_fewshot=FEWSHOT.value, lm_eval_limit=LIMIT.value,
+        needle_lengths=cli.numbers(LENGTHS, int), needle_depths=cli.numbers(DEPTHS, float),
+        needle_samples=SAMPLES.value, needle_plot=PLOT.value,
     )
     results = evaluate(
         CHECKPOINT.value, TASK_NAMES.value, settings, tokenizer=TOKENIZER.value, dtype=DTYPE.value,

@@ -43,8 +43,8 @@ def ratios(model: ModelConfig) -> list[int]:
     return [model.ratio(kind) for kind in model.layer_types]
 
 
-def test_the_three_configs_are_there():
-    assert NAMES == ["tiny", "v4_flash", "v4_pro"]
+def test_the_four_configs_are_there():
+    assert NAMES == ["needle", "tiny", "v4_flash", "v4_pro"]
 
 
 @pytest.mark.parametrize("name", NAMES)

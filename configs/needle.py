@@ -1,0 +1,110 @@
+"""A tiny DeepSeek-V4 that learns to find facts in texts longer than its windows.
+
+Through both layers the windows reach 30 tokens back. What lies further away is known from the
+compressed entries of CSA alone, all of which it attends to: the indexer is untrained.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """Return the run config: two layers on texts made for retrieval, minutes on two cores."""
+    return ConfigDict({
+        "model": _model(),
+        "runtime": {
+            "dtype": "float32",
+            "remat": False,
+            "csa": "dense",  # the indexer is untrained, so CSA sees all of its entries
+            "moe": "auto",
+            "scan_unroll": 1,
+            "cache": "float32",
+            "batch_invariant": False,
+        },
+        "data": {
+            "source": "needle",
+            "text_field": "text",
+            "tokenizer": placeholder(str),  # None: trained on the source
+            "seq_len": 256,
+            "batch_size": 16,
+            "seed": 0,
+            "held_out_fraction": 0.03,
+            "held_out_bytes": 65_536,
+        },
+        "optimizer": {
+            "name": "muon",
+            "learning_rate": 6e-3,
+            "end_learning_rate": 3e-4,
+            "warmup_steps": 20,
+            "decay_fraction": 0.4,
+            "weight_decay": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-20,
+            "muon_momentum": 0.95,
+            "muon_rms": 0.18,
+            "muon_dtype": "float32",
+            "clip_norm": 1.0,
+            "train_indexer": False,
+        },
+        "train": {
+            "steps": 800,
+            "accumulation": 1,
+            "mtp_weight": 0.3,
+            "mtp_weight_in_decay": 0.1,
+            "balance_weight": 1e-4,
+            "bias_update_rate": 1e-3,
+            "eval_every": 400,
+            "checkpoint_every": 100,
+            "keep_checkpoints": 2,
+            "log_every": 20,
+            "seed": 0,
+            "sample_prompt": "They call Alice",
+            "sample_tokens": 128,
+            "sample_temperature": 0.8,
+            "sample_top_p": 0.95,
+        },
+        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
+    }).lock()
+
+
+def _model() -> dict:
+    layer_types = ("window", "csa")  # no HCA: compressed entries are of 4 tokens and those before
+    return {
+        "vocab_size": 640,
+        "hidden_size": 128,
+        "layer_types": layer_types,
+        "moe_types": ("learned",) * len(layer_types),
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "qk_rope_head_dim": 16,
+        "q_lora_rank": 128,
+        "o_groups": 1,
+        "o_lora_rank": 128,
+        "sliding_window": 16,
+        "csa_ratio": 4,
+        "hca_ratio": 128,
+        "index_n_heads": 1,
+        "index_head_dim": 16,
+        "index_topk": 64,
+        "rope_theta": 10_000.0,
+        "compress_rope_theta": 160_000.0,
+        "yarn_factor": 1.0,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_original_positions": 512,
+        "max_position_embeddings": 8192,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 64,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 10.0,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 8,
+        "hc_eps": 1e-6,
+        "num_nextn_predict_layers": 0,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.05,
+        "hc_gate_init": 0.01,
+        "hash_seed": 0,
+    }

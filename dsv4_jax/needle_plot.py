@@ -1,0 +1,52 @@
+"""Draw shares of retrieved facts as a heat map."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+
+from dsv4_jax.errors import InputError
+from dsv4_jax.files import check_writable, write_atomically
+
+
+def check_plot(path: str) -> None:
+    """Refuse a plot that could not be drawn or written.
+
+    Raises:
+      InputError: matplotlib is not installed, or the path is not that of a file to be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError(
+            "needle_plot: expected the package matplotlib, got none; install it by "
+            "pip install 'dsv4_jax[plot]'"
+        )
+    if Path(path).is_dir():
+        raise InputError(f"needle_plot: expected a file to write, got the folder {path}")
+    check_writable(Path(path).parent, "needle_plot")
+
+
+def write_plot(path: str, lengths: list[int], depths: list[float], shares: np.ndarray) -> None:
+    """Write a PNG: lengths to the right, depths downwards, colour and number for the share.
+
+    Args:
+      shares: 0 to 1 at each [length, depth].
+    Raises:
+      InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((2 + 0.8 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set(xlabel="tokens of the prompt", ylabel="depth of the fact (1: at the question)")
+    for (column, row), share in np.ndenumerate(shares):
+        axes.text(column, row, f"{share:.2f}", ha="center", va="center")
+    figure.colorbar(image, label="share retrieved")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    write_atomically(Path(path), file.getvalue(), "needle_plot")
