@@ -30,6 +30,11 @@ E8M0_BIAS = 127
 FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 FP4_TIES_UP = (False, True, False, True, False, True, False)
 
+# The two values of every byte of FP4 codes.
+_FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+_FP4 = np.concatenate([_FP4, -_FP4])
+_FP4_PAIRS = np.stack([_FP4[np.arange(256) & 15], _FP4[np.arange(256) >> 4]], axis=-1)
+
 
 def check_served(config: ModelConfig) -> None:
     """Raise an InputError unless a model's index keys can be rotated by a Hadamard matrix."""
@@ -107,8 +112,8 @@ def decode_index_key(
     if form != SERVED:
         return stored.astype(dtype)
     packed, scales = stored[..., : width // 2], stored[..., width // 2 :]
-    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*stored.shape[:-1], width)
-    return (_decode_e2m1(codes) * _spread(scales, FP4_GROUP, width)).astype(dtype)
+    values = _decode_e2m1(packed).reshape(*stored.shape[:-1], width)
+    return (values * _spread(scales, FP4_GROUP, width)).astype(dtype)
 
 
 def round_index_query(x: Float[Array, "*rows j"], form: str) -> Array:
@@ -169,10 +174,12 @@ def _encode_e2m1(x: Float[Array, "*rows j"]) -> UInt8[Array, "*rows j"]:
     return (sum(a.astype(jnp.uint8) for a in above) | (jnp.signbit(x).astype(jnp.uint8) << 3))
 
 
-def _decode_e2m1(codes: UInt8[Array, "*rows j"]) -> Float[Array, "*rows j"]:
-    size = (codes & 7).astype(jnp.float32)
-    size = jnp.where(size <= 4, size / 2, jnp.where(size == 7, 6.0, size - 2))
-    return jnp.where(codes >= 8, -size, size)
+def _decode_e2m1(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows half 2"]:
+    """Return the two values in each byte, that of the lower bits first.
+
+    On CPU looking a byte up takes half the time of taking its bits apart.
+    """
+    return jnp.asarray(_FP4_PAIRS).at[packed].get(mode="promise_in_bounds")
 
 
 @functools.cache

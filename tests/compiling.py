@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
-_OPTIONS = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
-    _OPTIONS["xla_cpu_use_fusion_emitters"] = False  # jax 0.12 has the newer emitters alone
+    QUICK["xla_cpu_use_fusion_emitters"] = False  # jax 0.12 has the newer emitters alone
 
 
 def quick_jit(function, **options):
     """Compile with few optimisations."""
-    return jax.jit(function, compiler_options=_OPTIONS, **options)
+    return jax.jit(function, compiler_options=QUICK, **options)

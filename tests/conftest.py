@@ -35,3 +35,17 @@ def quick_scores():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring, "_program", lambda: program)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_generation():
+    """Compile prefill and decode with few optimisations; bits may then depend on the batch."""
+    from compiling import QUICK
+
+    from dsv4_jax import decode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "inference_options", lambda: QUICK)
+        decode._jitted.cache_clear()
+        yield
+    decode._jitted.cache_clear()

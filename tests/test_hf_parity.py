@@ -114,6 +114,10 @@ CASES = {
     "pro-like": (PRO_LIKE, (2, 9, 16, 45)),
     "unrolled": (UNROLLED, (20, 127, 128, 150)),
 }
+# For what compiles many programs: two cases, and the third with the heavy tests.
+HEAVY_CASES = [
+    pytest.param(name, marks=pytest.mark.heavy) if name == "pro-like" else name for name in CASES
+]
 # Leaves that some case leaves without a gradient: the indexer's, as the selection of entries has
 # none, and a mix of the first layer's streams, which are copies of one and change with their mix
 # only by way of the epsilons. Zero on both sides is equal.

@@ -57,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-pytestmark = pytest.mark.usefixtures("quick_scores")
+pytestmark = pytest.mark.usefixtures("quick_scores", "quick_generation")
 
 
 @pytest.fixture(scope="module")

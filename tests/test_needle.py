@@ -33,6 +33,7 @@ from dsv4_jax.served_model import ModelFolder, ServedModel, open_model
 from dsv4_jax.tokenizer import train_tokenizer
 from dsv4_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_generation")
 ROOT = Path(__file__).parents[1]
 STATEMENT = re.compile(r"They call (\w+) (\w+)\.")
 QUESTION = re.compile(r"What do they call (\w+)\? They call \1")
