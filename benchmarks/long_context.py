@@ -11,6 +11,7 @@ filled with random keys and entries, all of which are then read as those of a pr
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import multiprocessing
 import re
@@ -34,11 +35,11 @@ LENGTHS = flags.DEFINE_list(
     "lengths", ["4096", "16384", "65536", "262144", "1048576"], "Tokens in the row."
 )
 FORMS = flags.DEFINE_list("forms", ["float32", "served"], "Formats of the cache.")
-CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens that are read at once.")
+CHUNK = flags.DEFINE_integer("chunk", 1024, "Tokens that are read at once.")
 STEPS = flags.DEFINE_integer("steps", 32, "Tokens written; the median time is printed.")
 WHOLE = flags.DEFINE_integer("whole", 65_536, "Longest row that is read as a prompt.")
 PEER_LENGTH = flags.DEFINE_integer("peer_length", 16_384, "Longest row of transformers; 0: none.")
-PEER_CHUNKS = flags.DEFINE_list("peer_chunks", ["512", "4096"], "Tokens that it reads at once.")
+PEER_CHUNKS = flags.DEFINE_list("peer_chunks", ["512", "2048"], "Tokens that it reads at once.")
 
 CONFIG = ModelConfig(
     vocab_size=4096, hidden_size=64,
@@ -170,6 +171,7 @@ def _tokens(length: int) -> np.ndarray:
 
 def _reset_peak() -> int:
     """Begin to measure the peak of this process's memory; return what it has now, in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide the next peak
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

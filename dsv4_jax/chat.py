@@ -34,7 +34,7 @@ class WriteOptions:
     cache: str = "float32"  # precision of the cache, as in `Runtime`
     csa: str | None = None  # as in `Runtime`; None: as the checkpoint was trained
     speculate: bool = False
-    chunk: int = 512
+    chunk: int = 1024
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_p)

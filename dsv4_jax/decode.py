@@ -29,7 +29,7 @@ SMALLEST_CHUNK = 64
 
 def prefill(
     config: ModelConfig, runtime: Runtime, params: dict, cache: Cache, tokens: np.ndarray,
-    count: np.ndarray, *, chunk: int = 512,
+    count: np.ndarray, *, chunk: int = 1024,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Read tokens after those that the cache has read.
 

@@ -52,7 +52,7 @@ INVARIANT = Runtime(batch_invariant=True)
 def generate(
     config: ModelConfig, params: dict, tokens: Prompts, *, max_new_tokens: int,
     temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, stop: int | Iterable[int] = (),
-    runtime: Runtime = INVARIANT, speculate: bool = False, chunk: int = 512,
+    runtime: Runtime = INVARIANT, speculate: bool = False, chunk: int = 1024,
     max_length: int | None = None, on_tokens: OnTokens | None = None,
 ) -> Generated:
     """Continue one prompt or several.

@@ -48,9 +48,7 @@ def test_the_cost_is_the_programs_own(kinds):
     streams = layers * 2 * (n + n + n * n) * d + n * d
     # The ring still holds the token that has just left the window, which is masked.
     left_window = layers * config.num_attention_heads * 2 * config.head_dim
-    # Scores are sums over heads, which fact sheet 8 does not count.
-    head_sums = kinds.count(CSA) * config.index_n_heads * ENTRY_TILE
-    more = 2 * (streams + left_window + head_sums)
+    more = 2 * (streams + left_window)
     assert program_products(config) == token_cost(config, LENGTH).total + more
 
 

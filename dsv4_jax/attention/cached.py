@@ -133,32 +133,37 @@ def select_entries(
     queries = round_index_query(asked.queries, form)
     b, t, heads, _ = queries.shape
 
-    def add_tile(tile, best):
-        scores, numbers = best
+    def best_of_tile(tile):
         # The last tile may begin earlier, to end with the array; what it repeats is left out.
         start = jnp.minimum(tile * size, index_keys.shape[2] - size)
         keys = read_tile(index_keys, layer, start, size)
         keys = decode_index_key(keys, width, form, asked.queries.dtype)
-        new = map_chunks(partial(_score, keys=keys), (queries, asked.head_weights), heads * size)
         number = start + jnp.arange(size)
-        seen = (number >= tile * size) & (number < end[..., None])
-        new = jnp.where(seen, round_scores(one_zero(new), form), -jnp.inf)
-        scores, place = jax.lax.top_k(jnp.concatenate([scores, new], axis=-1), k)
-        number = jnp.broadcast_to(number, new.shape)
-        numbers = jnp.concatenate([numbers, number], axis=-1)
+
+        def score(piece):
+            queries, head_weights, end = piece
+            scores = index_scores(queries[:, :, None], head_weights[:, :, None], keys)[:, :, 0]
+            seen = (number >= tile * size) & (number < end[..., None])
+            return jnp.where(seen, round_scores(one_zero(scores), form), -jnp.inf)
+
+        scores = map_chunks(score, (queries, asked.head_weights, end), heads * size)
+        scores, place = jax.lax.top_k(scores, min(k, size))
+        return scores, start + place
+
+    def add_tile(tile, best):
+        # Those so far come first: their numbers are lower, and win ties.
+        scores, numbers = (
+            jnp.concatenate(pair, axis=-1) for pair in zip(best, best_of_tile(tile), strict=True)
+        )
+        scores, place = jax.lax.top_k(scores, k)
         return scores, jnp.take_along_axis(numbers, place, axis=-1)
 
-    best = jnp.full((b, t, k), -jnp.inf), jnp.zeros((b, t, k), jnp.int32)
     tiles = _tiles(index_keys.shape[2], size, end)
+    best = jnp.full((b, t, k), -jnp.inf), jnp.zeros((b, t, k), jnp.int32)
     # A single tile needs no loop, of which the number of operations could not be counted.
     single = isinstance(tiles, int)
-    best = add_tile(0, best) if single else jax.lax.fori_loop(0, tiles, add_tile, best)
-    return best[1], best[0] > -jnp.inf
-
-
-def _score(asked: tuple[Array, Array], keys: Float[Array, "b c j"]) -> Float[Array, "b t c"]:
-    queries, head_weights = asked
-    return index_scores(queries[:, :, None], head_weights[:, :, None], keys)[:, :, 0]
+    scores, numbers = add_tile(0, best) if single else jax.lax.fori_loop(0, tiles, add_tile, best)
+    return numbers, scores > -jnp.inf
 
 
 def _tiles(slots: int, size: int, end: Int[Array, "b t"]) -> Int[Array, ""] | int:
