@@ -104,7 +104,9 @@ def next_turn(
     """Read the token of each active row, and its draft if there is one; draw what follows.
 
     A draft that is what the model itself draws after the token is accepted, and the token after
-    it is drawn in the same step. A draft that is not is forgotten.
+    it is drawn in the same step. A draft that is not is forgotten. Drafts are drawn by the chance
+    that the model's own draw will have, so that alike predictions give the same token at any
+    temperature.
     """
     step = _plain_turn if turn.draft is None else _drafted_turn
     return _jitted(step, "kind")(config, runtime, params, turn, active, draws, kind=kind)
@@ -151,7 +153,8 @@ def _first_turn(config, runtime, params, cache: Cache, logits, draws: Draws, *, 
         config, runtime, params, cache, cache.mtp.streams[:, None], token[:, None], span
     )
     cache = cache._replace(mtp=cache.mtp._replace(layer=layer))
-    return Turn(cache, token, jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32))
+    draft = draw_tokens(draws.keys, cache.length + 1, logits[:, 0], draws.sampling, kind=kind)
+    return Turn(cache, token, draft)
 
 
 def _plain_turn(config, runtime, params, turn: Turn, active, draws: Draws, *, kind: str):
@@ -182,7 +185,9 @@ def _drafted_turn(config, runtime, params, turn: Turn, active, draws: Draws, *, 
 
     streams = jnp.where(active[:, None, None] > 0, last(features.streams), cache.mtp.streams)
     cache = cache._replace(mtp=MTPCache(layer, streams))
-    draft = jnp.argmax(last(logits), axis=-1).astype(jnp.int32)
+    draft = draw_tokens(
+        draws.keys, start + 2 + accepted, last(logits), draws.sampling, kind=kind
+    )
     return Turn(cache, last(drawn), draft), Drawn(drawn, count)
 
 
