@@ -2,7 +2,7 @@
 
     python benchmarks/long_context.py --lengths=4096,16384,65536,262144,1048576
 
-One row, the 7-layer model of benchmarks/train_step.py with room for 2^20 tokens. Every measurement
+One row, the model of benchmarks/seven_layers.py, with room for 2^20 tokens. Every measurement
 runs in a process of its own. A row up to --whole is read as a prompt; the cache of a longer one is
 filled with random keys and entries, all of which are then read as those of a prompt would be.
 `transformers` (extra `test`) reads and writes the same row with the same weights, up to
@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from seven_layers import CONFIG
 
-from dsv4_jax import ModelConfig, Runtime, init_params, save_pretrained
+from dsv4_jax import Runtime, init_params, save_pretrained
 from dsv4_jax.cache import Cache, LayerCache, init_cache
 from dsv4_jax.cache_format import encode_entry, encode_index_key
 from dsv4_jax.decode import decode_step, prefill
@@ -40,15 +41,6 @@ STEPS = flags.DEFINE_integer("steps", 32, "Tokens written; the median time is pr
 WHOLE = flags.DEFINE_integer("whole", 65_536, "Longest row that is read as a prompt.")
 PEER_LENGTH = flags.DEFINE_integer("peer_length", 16_384, "Longest row of transformers; 0: none.")
 PEER_CHUNKS = flags.DEFINE_list("peer_chunks", ["512", "2048"], "Tokens that it reads at once.")
-
-CONFIG = ModelConfig(
-    vocab_size=4096, hidden_size=64,
-    layer_types=("window", "window", "csa", "hca", "csa", "hca", "csa"),
-    moe_types=("hash",) * 3 + ("learned",) * 4, num_attention_heads=4, head_dim=32,
-    qk_rope_head_dim=32, q_lora_rank=16, o_groups=4, o_lora_rank=16, sliding_window=32,
-    index_n_heads=4, index_head_dim=32, index_topk=16, n_routed_experts=16,
-    num_experts_per_tok=4, moe_intermediate_size=64, num_nextn_predict_layers=0,
-)  # fmt: skip
 
 
 class Measured(NamedTuple):

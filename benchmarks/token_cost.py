@@ -8,7 +8,6 @@ the served cache. Without --config both released models of configs/ are compared
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from absl import app, flags
 
 from dsv4_jax import ModelConfig, Runtime
 from dsv4_jax.cache import init_cache
+from dsv4_jax.cli import read_config_file
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.token_cost import TokenCost, token_cost, v32_token_cost
 
@@ -36,10 +36,7 @@ def models() -> dict[str, ModelConfig]:
 
 
 def _model_of(path: Path) -> ModelConfig:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return RunConfig.from_config_dict(module.get_config()).model
+    return RunConfig.from_config_dict(read_config_file(str(path))).model
 
 
 def cache_bytes(config: ModelConfig, length: int) -> int:

@@ -13,8 +13,9 @@ import time
 
 import jax
 from absl import app, flags
+from seven_layers import CONFIG
 
-from dsv4_jax import ModelConfig, Runtime
+from dsv4_jax import Runtime
 from dsv4_jax.compiler import compiler_options
 from dsv4_jax.flops import count_flops
 from dsv4_jax.run_config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -26,17 +27,9 @@ DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute 
 
 
 def run_config(length: int, optimizer: str) -> RunConfig:
-    """Return a run of the measured dimensions: ratios 0, 0, 4, 128, 4, 128, 4, batch 1."""
-    model = ModelConfig(
-        vocab_size=4096, hidden_size=64,
-        layer_types=("window", "window", "csa", "hca", "csa", "hca", "csa"),
-        moe_types=("hash",) * 3 + ("learned",) * 4, num_attention_heads=4, head_dim=32,
-        qk_rope_head_dim=32, q_lora_rank=16, o_groups=4, o_lora_rank=16, sliding_window=32,
-        index_n_heads=4, index_head_dim=32, index_topk=16, n_routed_experts=16,
-        num_experts_per_tok=4, moe_intermediate_size=64, num_nextn_predict_layers=0,
-    )
+    """Return a run of the measured dimensions, batch 1."""
     return RunConfig(
-        model=model,
+        model=CONFIG,
         runtime=Runtime(dtype=DTYPE.value),
         data=DataConfig(seq_len=length, batch_size=1),
         optimizer=OptimizerConfig(

@@ -10,6 +10,7 @@ import numpy as np
 
 from dsv4_jax.completion import parse_completion
 from dsv4_jax.config import CACHE_FORMATS, Runtime, check_choice
+from dsv4_jax.decode import CHUNK
 from dsv4_jax.encoding import render_messages
 from dsv4_jax.encoding_texts import EOS
 from dsv4_jax.errors import InputError
@@ -34,7 +35,7 @@ class WriteOptions:
     cache: str = "float32"  # precision of the cache, as in `Runtime`
     csa: str | None = None  # as in `Runtime`; None: as the checkpoint was trained
     speculate: bool = False
-    chunk: int = 1024
+    chunk: int = CHUNK
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_p)

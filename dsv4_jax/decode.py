@@ -25,11 +25,12 @@ from dsv4_jax.shapes import Array, Bool, Float, Int, Streams, Tokens
 # XLA on CPU multiplies up to about 50 rows by another kernel, which rounds differently: every
 # chunk has more, whatever the batch.
 SMALLEST_CHUNK = 64
+CHUNK = 1024  # tokens of a row that are read at once, unless another number is asked for
 
 
 def prefill(
     config: ModelConfig, runtime: Runtime, params: dict, cache: Cache, tokens: np.ndarray,
-    count: np.ndarray, *, chunk: int = 1024,
+    count: np.ndarray, *, chunk: int = CHUNK,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Read tokens after those that the cache has read.
 

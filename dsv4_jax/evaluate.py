@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsv4_jax.corpus import held_out_texts, read_corpus, read_documents
 from dsv4_jax.errors import InputError
-from dsv4_jax.files import check_writable, write_atomically
+from dsv4_jax.files import check_file, write_atomically
 from dsv4_jax.needle_eval import (
     answer_tokens,
     check_haystacks,
@@ -80,9 +80,7 @@ def evaluate(
     """
     chosen = parse_tasks(tasks)
     if output is not None:
-        if Path(output).is_dir():
-            raise InputError(f"output: expected a file to write, got the folder {output}")
-        check_writable(Path(output).parent, "output")
+        check_file(output, "output")
     folder = check_model(checkpoint, tokenizer, dtype, skip_mtp=True)
     measures = [TASKS[name](folder, settings, argument) for name, argument in chosen]
     model = folder.load()

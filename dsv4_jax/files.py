@@ -58,6 +58,17 @@ def check_writable(folder: Path, flag: str = "workdir") -> None:
     probe.unlink()
 
 
+def check_file(path: str | os.PathLike, flag: str) -> None:
+    """Try that a file can be written where a flag says, before work is lost for it.
+
+    Raises:
+      InputError: it cannot.
+    """
+    if Path(path).is_dir():
+        raise InputError(f"{flag}: expected a file to write, got the folder {path}")
+    check_writable(Path(path).parent, flag)
+
+
 def write_atomically(path: Path, data: bytes, flag: str = "workdir") -> None:
     """Write a file whole or not at all, even if the process is killed.
 

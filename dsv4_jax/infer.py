@@ -13,7 +13,7 @@ import numpy as np
 from dsv4_jax.cache import init_cache
 from dsv4_jax.chunks import power_of_two_times
 from dsv4_jax.config import SEEDS, ModelConfig, Runtime, is_seed
-from dsv4_jax.decode import Drawn, Draws, Turn, first_turn, next_turn, prefill
+from dsv4_jax.decode import CHUNK, Drawn, Draws, Turn, first_turn, next_turn, prefill
 from dsv4_jax.errors import InputError
 from dsv4_jax.sampling import check_sampling
 from dsv4_jax.token_ids import check_token_ids
@@ -52,7 +52,7 @@ INVARIANT = Runtime(batch_invariant=True)
 def generate(
     config: ModelConfig, params: dict, tokens: Prompts, *, max_new_tokens: int,
     temperature: float = 1.0, top_p: float = 1.0, seed: int = 0, stop: int | Iterable[int] = (),
-    runtime: Runtime = INVARIANT, speculate: bool = False, chunk: int = 1024,
+    runtime: Runtime = INVARIANT, speculate: bool = False, chunk: int = CHUNK,
     max_length: int | None = None, on_tokens: OnTokens | None = None,
 ) -> Generated:
     """Continue one prompt or several.

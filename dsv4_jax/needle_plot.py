@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.files import check_writable, write_atomically
+from dsv4_jax.files import check_file, write_atomically
 
 
 def check_plot(path: str) -> None:
@@ -23,9 +23,7 @@ def check_plot(path: str) -> None:
             "needle_plot: expected the package matplotlib, got none; install it by "
             "pip install 'dsv4_jax[plot]'"
         )
-    if Path(path).is_dir():
-        raise InputError(f"needle_plot: expected a file to write, got the folder {path}")
-    check_writable(Path(path).parent, "needle_plot")
+    check_file(path, "needle_plot")
 
 
 def write_plot(path: str, lengths: list[int], depths: list[float], shares: np.ndarray) -> None:

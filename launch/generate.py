@@ -34,7 +34,9 @@ SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
 CACHE = flags.DEFINE_enum("cache", "float32", CACHE_FORMATS, "precision of the cache")
 CSA = flags.DEFINE_enum("csa", None, ["sparse", "dense"], "none: as the checkpoint was trained")
 SPECULATE = flags.DEFINE_bool("speculate", False, "draft by multi-token prediction")
-CHUNK = flags.DEFINE_integer("chunk", 1024, "tokens of a prompt that are read at once")
+CHUNK = flags.DEFINE_integer(
+    "chunk", WriteOptions.chunk, "tokens of a prompt that are read at once"
+)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from tiny_models import write_workdir
 
 from dsv4_jax import InputError, evaluate, needle_eval
+from dsv4_jax.cli import read_config_file
 from dsv4_jax.config import CSA, WINDOW
 from dsv4_jax.corpus import read_corpus
 from dsv4_jax.evaluate import Settings, table
@@ -244,10 +244,7 @@ def test_the_command_refuses_what_is_no_number(folder):
 
 @pytest.mark.heavy
 def test_the_config_learns_to_retrieve_through_compressed_entries_alone(tmp_path):
-    spec = importlib.util.spec_from_file_location("needle_config", ROOT / "configs" / "needle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = RunConfig.from_config_dict(module.get_config())
+    config = RunConfig.from_config_dict(read_config_file(str(ROOT / "configs" / "needle.py")))
     train(config, tmp_path / "run")
     model = open_model(tmp_path / "run")
     lengths, depths = (config.data.seq_len, 2 * config.data.seq_len), (0.0, 0.5)

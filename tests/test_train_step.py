@@ -90,9 +90,7 @@ def gradient():
 @pytest.mark.parametrize(
     "taken, mtp_weight", [(DECAY_START - 1, MTP_WEIGHT), (DECAY_START, MTP_WEIGHT_IN_DECAY)]
 )
-def test_a_step_descends_the_stated_objective(
-    state, step, gradient, taken, mtp_weight
-):
+def test_a_step_descends_the_stated_objective(state, step, gradient, taken, mtp_weight):
     after, metrics = step(state._replace(step=jnp.int32(taken)), BATCH)
     expected, parts = gradient(*split_trainable(state.params), mtp_weight)
     for name, part in zip(("loss", "mtp_loss", "balance_loss"), parts, strict=False):

@@ -35,7 +35,7 @@ def index_scores(
     Source: report 2.3.1; fact sheet 2.6.
     """
     hits = jnp.einsum("bzqij,bcj->bzqic", queries, keys, preferred_element_type=jnp.float32)
-    return jnp.sum(jax.nn.relu(hits) * head_weights[..., None], axis=-2)  # joins the product
+    return jnp.sum(jax.nn.relu(hits) * head_weights[..., None], axis=-2)  # XLA fuses it
 
 
 def top_entries(
