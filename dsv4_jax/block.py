@@ -45,14 +45,16 @@ class Block(nn.Module):
         c, eps = self.config, self.config.rms_norm_eps
         width, ones = (streams.shape[-1],), nn.initializers.ones
 
-        pre, post, comb = StreamMix(c, 2 * self.layer, name="attention_mix")(streams)
+        pre, post, comb = StreamMix(c, self.runtime, 2 * self.layer, name="attention_mix")(streams)
         norm = param(self, "attention_norm", "width", width, ones)
         attention = Attention(c, self.runtime, self.attention_kind, name="attention")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
         y, kept = attention(x, batch.places[self.attention_kind], cache)
         streams = expand(streams, y, post, comb)
 
-        pre, post, comb = StreamMix(c, 2 * self.layer + 1, name="moe_mix")(streams)
+        pre, post, comb = StreamMix(
+            c, self.runtime, 2 * self.layer + 1, name="moe_mix"
+        )(streams)
         norm = param(self, "moe_norm", "width", width, ones)
         moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)

@@ -57,9 +57,10 @@ def generate(
 ) -> Generated:
     """Continue one prompt or several.
 
-    With a `batch_invariant` runtime, on CPU and with jax 0.10, a prompt's logits do not depend on
-    the prompts beside it by a single bit, for up to 16 of them. What is drawn depends on the seed,
-    the prompt's place in the batch and the position alone.
+    With a `batch_invariant` runtime, on a CPU that may not fuse multiplications and additions
+    (`XLA_FLAGS=--xla_cpu_max_isa=AVX`), a prompt's logits do not depend on the prompts beside it by
+    a single bit, for up to 16 of them. What is drawn depends on the seed, the prompt's place in
+    the batch and the position alone.
 
     Args:
       tokens: ids of a prompt, or of several; begin with BOS.

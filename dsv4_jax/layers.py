@@ -1,4 +1,4 @@
-"""Normalisation and activation shared by all parts of the model."""
+"""Projection, normalisation and activation shared by all parts of the model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.shapes import Array, Float
+
+# XLA on CPU, with jax 0.12, has two kernels for products by up to 8 columns, which round unlike;
+# the number of rows decides between them.
+LEAST_COLUMNS = 9
+
+
+def project(
+    form: str, x: Float[Array, "..."], w: Float[Array, "..."], *, invariant: bool, **options
+) -> Array:
+    """Multiply tokens by a matrix: `einsum` of a form whose result ends with the last axis of w.
+
+    Args:
+      invariant: give a token the same bits whatever the number of tokens.
+      options: those of `jnp.einsum`.
+    """
+    columns = w.shape[-1]
+    if not invariant or columns >= LEAST_COLUMNS:
+        return jnp.einsum(form, x, w, **options)
+    w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, LEAST_COLUMNS - columns)])
+    return jnp.einsum(form, x, w, **options)[..., :columns]
 
 
 def rms_norm(

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import ModelConfig, Runtime
+from dsv4_jax.layers import project
 from dsv4_jax.params import Init, constant, param
 from dsv4_jax.shapes import Array, Float, Hidden, Streams
 
@@ -86,12 +87,14 @@ def _sinkhorn_backward(iterations, eps, matrix, grad):
 sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
 
 
-def mix_logits(streams: Streams, fn: Float[Array, "d n x"], eps: float) -> Float[Array, "x b t"]:
+def mix_logits(
+    streams: Streams, fn: Float[Array, "d n x"], eps: float, *, invariant: bool
+) -> Float[Array, "x b t"]:
     """Project a token's streams, jointly normalised to unit mean square."""
     streams = streams.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(streams * streams, axis=(2, 3)) + eps)
-    logits = jnp.einsum("btnd,dnx->btx", streams, fn, precision="highest") * scale[..., None]
-    return jnp.moveaxis(logits, -1, 0)
+    logits = project("btnd,dnx->btx", streams, fn, invariant=invariant, precision="highest")
+    return jnp.moveaxis(logits * scale[..., None], -1, 0)
 
 
 def collapse(streams: Streams, pre: Float[Array, "n b t"]) -> Hidden:
@@ -131,6 +134,7 @@ class StreamMix(nn.Module):
     """The three gates of one sublayer: what it reads, what it writes, how streams mix."""
 
     config: ModelConfig
+    runtime: Runtime
     own_stream: int  # the stream this sublayer mostly uses at initialisation
 
     @nn.compact
@@ -146,7 +150,9 @@ class StreamMix(nn.Module):
         scale = param(self, "scale", "gate", (3,), constant(c.hc_gate_init))
 
         fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(d, n, n * n)], axis=-1)
-        logits = mix_logits(streams, fn, c.rms_norm_eps)
+        logits = mix_logits(
+            streams, fn, c.rms_norm_eps, invariant=self.runtime.batch_invariant
+        )
         pre = jax.nn.sigmoid(logits[:n] * scale[0] + base_pre[:, None, None]) + c.hc_eps
         post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base_post[:, None, None])
         comb = logits[2 * n :].reshape(n, n, *logits.shape[1:])
@@ -158,6 +164,7 @@ class StreamHead(nn.Module):
     """Collapse the streams into the vector that the final norm and the head read."""
 
     config: ModelConfig
+    runtime: Runtime
 
     @nn.compact
     def __call__(self, streams: Streams) -> Hidden:
@@ -165,6 +172,8 @@ class StreamHead(nn.Module):
         fn = param(self, "fn", "width streams -> mix", (d, n, n))
         base = param(self, "base", "mix", (n,), nn.initializers.zeros)
         scale = param(self, "scale", "gate", (1,), constant(c.hc_gate_init))
-        logits = mix_logits(streams, fn, c.rms_norm_eps)
+        logits = mix_logits(
+            streams, fn, c.rms_norm_eps, invariant=self.runtime.batch_invariant
+        )
         weight = jax.nn.sigmoid(logits * scale[0] + base[:, None, None]) + c.hc_eps
         return collapse(streams, weight)

@@ -143,7 +143,8 @@ class Transformer(nn.Module):
         x = self._constrain(table[batch.tokens].astype(dtype))
         streams = jnp.broadcast_to(x[:, :, None], (*batch.tokens.shape, c.hc_mult, c.hidden_size))
         streams, router, caches = self._layers(streams, batch, caches)
-        hidden = rms_norm(StreamHead(c, name="head_mix")(streams), final_norm, eps=c.rms_norm_eps)
+        x = StreamHead(c, self.runtime, name="head_mix")(streams)
+        hidden = rms_norm(x, final_norm, eps=c.rms_norm_eps)
         mtp_hidden = mtp_logits = None
         if ahead is not None:
             after, exists = ahead

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from dsv4_jax.config import HASH, ModelConfig, Runtime
 from dsv4_jax.experts import ExpertWeights, routed_experts
-from dsv4_jax.layers import clamped_swiglu
+from dsv4_jax.layers import clamped_swiglu, project
 from dsv4_jax.params import Init, param
 from dsv4_jax.router import (
     RouterStats,
@@ -49,19 +49,21 @@ class SharedExpert(nn.Module):
     """The expert that every token uses."""
 
     config: ModelConfig
+    runtime: Runtime
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
+        multiply = partial(project, invariant=self.runtime.batch_invariant)
         d, f, limit = x.shape[-1], self.config.moe_intermediate_size, self.config.swiglu_limit
         w_gate = param(self, "w_gate", "width -> expert_width", (d, f)).astype(x.dtype)
         w_up = param(self, "w_up", "width -> expert_width", (d, f)).astype(x.dtype)
         w_down = param(self, "w_down", "expert_width -> width", (f, d)).astype(x.dtype)
         gate, up = (
-            jnp.einsum("btd,df->btf", x, w, preferred_element_type=jnp.float32)
+            multiply("btd,df->btf", x, w, preferred_element_type=jnp.float32)
             for w in (w_gate, w_up)
         )
         hidden = clamped_swiglu(gate, up, limit).astype(x.dtype)
-        return jnp.einsum("btf,fd->btd", hidden, w_down)
+        return multiply("btf,fd->btd", hidden, w_down)
 
 
 class MoE(nn.Module):
@@ -84,7 +86,10 @@ class MoE(nn.Module):
         c = self.config
         count = c.n_routed_experts
         w_router = param(self, "w_router", "width -> router_experts", (x.shape[-1], count))
-        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), w_router, precision="highest")
+        logits = project(
+            "btd,de->bte", x.astype(jnp.float32), w_router,
+            invariant=self.runtime.batch_invariant, precision="highest",
+        )
         scores = affinity(logits)
         experts = self._choose(scores, tokens)
         balance = jnp.zeros(())
@@ -94,7 +99,7 @@ class MoE(nn.Module):
         # Padding goes to the expert past the last, which does nothing.
         routing = routing._replace(experts=jnp.where(valid[..., None], experts, count))
         y = Experts(c, self.runtime, name="experts")(x, routing)
-        y = y + SharedExpert(c, name="shared")(x)
+        y = y + SharedExpert(c, self.runtime, name="shared")(x)
         return y, RouterStats(expert_load(experts, count, valid), balance)
 
     def _choose(self, scores: Float[Array, "b t e"], tokens: Tokens) -> Int[Array, "b t a"]:
@@ -110,7 +115,7 @@ class MoE(nn.Module):
         return best_experts(scores, bias, c.num_experts_per_tok)
 
 
-@functools.cache
+@cache
 def table_init(seed: int, layer: int, experts: int) -> Init:
     """Make the hash-routing table of a layer; it depends on the config's seed alone."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.block import Batch, block_class
 from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
-from dsv4_jax.layers import rms_norm
+from dsv4_jax.layers import project, rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.params import param
 from dsv4_jax.router import RouterStats
@@ -44,12 +43,13 @@ class MultiTokenPrediction(nn.Module):
         w_stream = param(self, "w_stream", "width -> width_out", (d, d)).astype(streams.dtype)
         e = rms_norm(next_embedding, token_norm, eps=c.rms_norm_eps)
         h = rms_norm(streams, stream_norm, eps=c.rms_norm_eps)
-        joined = jnp.einsum("btd,dx->btx", e, w_token)[:, :, None]
-        joined = joined + jnp.einsum("btnd,dx->btnx", h, w_stream)
+        invariant = self.runtime.batch_invariant
+        joined = project("btd,dx->btx", e, w_token, invariant=invariant)[:, :, None]
+        joined = joined + project("btnd,dx->btnx", h, w_stream, invariant=invariant)
         block = block_class(self.runtime)(
             c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block"
         )
         streams, stats, kept = block(joined, batch, cache)
         final_norm = param(self, "final_norm", "width", (d,), ones)
-        x = StreamHead(c, name="head_mix")(streams)
+        x = StreamHead(c, self.runtime, name="head_mix")(streams)
         return rms_norm(x, final_norm, eps=c.rms_norm_eps), stats, kept

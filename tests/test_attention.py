@@ -11,7 +11,7 @@ import pytest
 from compiling import quick_jit
 from flax import linen as nn
 
-from dsv4_jax import ModelConfig, chunks
+from dsv4_jax import ModelConfig, Runtime, chunks
 from dsv4_jax.attention import core, csa
 from dsv4_jax.attention.compressor import Compressor, overlap, pool
 from dsv4_jax.attention.core import all_visible, attend_hybrid, attend_window
@@ -395,7 +395,7 @@ def numpy_entries(x, params, ids, ratio: int, overlapping: bool, freqs) -> np.nd
 def test_entries_equal_a_loop(kind, ratio, ids, segment_ids):
     x, overlapping = normal(0, *ids.shape, CONFIG.hidden_size), kind == CSA
     freqs = frequencies(CONFIG, kind)
-    compressor = Compressor(CONFIG, ratio, CONFIG.head_dim, overlapping=overlapping)
+    compressor = Compressor(CONFIG, Runtime(), ratio, CONFIG.head_dim, overlapping=overlapping)
 
     def run(method, first):
         layout = layout_of(ids.shape, ratio, segment_ids)

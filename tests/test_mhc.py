@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from dsv4_jax import ModelConfig
+from dsv4_jax import ModelConfig, Runtime
 from dsv4_jax.config import LEARNED, WINDOW
 from dsv4_jax.mhc import StreamMix, collapse, expand, sinkhorn
 
@@ -147,7 +147,7 @@ def test_streams_keep_their_dtype_and_are_mixed_in_float32():
 
 
 def fresh_gates(own_stream: int, streams) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mix = StreamMix(CONFIG, own_stream)
+    mix = StreamMix(CONFIG, Runtime(), own_stream)
     return mix.init_with_output(jax.random.key(own_stream), streams)[0]
 
 
@@ -171,7 +171,7 @@ def numpy_gates(params: dict, streams: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def test_gates_equal_a_loop_over_tokens():
     streams = 5 * normal(0, BATCH, LENGTH, STREAMS, WIDTH)
-    mix = StreamMix(CONFIG, own_stream=0)
+    mix = StreamMix(CONFIG, Runtime(), own_stream=0)
     shapes = nn.meta.unbox(jax.eval_shape(mix.init, jax.random.key(0), streams))["params"]
     params = {name: normal(i, *shape.shape) for i, (name, shape) in enumerate(shapes.items())}
     gates = mix.apply({"params": params}, streams)

@@ -23,7 +23,7 @@ from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.cache import LayerCache, Span, StackedCache
 from dsv4_jax.cache_format import encode_entry, encode_index_key
 from dsv4_jax.config import CSA, WINDOW, ModelConfig, Runtime
-from dsv4_jax.layers import rms_norm
+from dsv4_jax.layers import project, rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Float, Hidden, Queries, Tokens
@@ -73,10 +73,10 @@ class Attention(nn.Module):
         )
         w_o_b = param(self, "w_o_b", "groups out_rank -> width", (groups, c.o_lora_rank, d))
 
-        q_rank = rms_norm(_project("btd,dr->btr", x, w_q_a), q_norm, eps=c.rms_norm_eps)
-        q = rms_norm(_project("btr,rhk->bthk", q_rank, w_q_b), eps=c.rms_norm_eps)
+        q_rank = rms_norm(self._project("btd,dr->btr", x, w_q_a), q_norm, eps=c.rms_norm_eps)
+        q = rms_norm(self._project("btr,rhk->bthk", q_rank, w_q_b), eps=c.rms_norm_eps)
         q = constrain(rotate(q, places.at_query), "batch token heads head_width", self.runtime.mesh)
-        kv = rms_norm(_project("btd,dk->btk", x, w_kv), kv_norm, eps=c.rms_norm_eps)
+        kv = rms_norm(self._project("btd,dk->btk", x, w_kv), kv_norm, eps=c.rms_norm_eps)
         kv = rotate(kv, places.at_query)
         if cache is None:
             out, kept = self._attend(x, q_rank, q, kv, sink, places), None
@@ -85,14 +85,14 @@ class Attention(nn.Module):
         out = rotate(out, places.at_query, inverse=True)
         out = out.reshape(*out.shape[:2], groups, per_group, width)
         out = self._project_groups(out, w_o_a)
-        return _project("btgo,god->btd", out, w_o_b).astype(dtype), kept
+        return self._project("btgo,god->btd", out, w_o_b).astype(dtype), kept
 
     def _project_groups(self, x: Float[Array, "b t g h k"], w: Float[Array, "g h k o"]) -> Array:
         """Project each group of heads by a matrix of its own."""
         if not self.runtime.batch_invariant:
-            return _project("btghk,ghko->btgo", x, w)
+            return self._project("btghk,ghko->btgo", x, w)
         # XLA on CPU groups the sums of a batch of products by the number of rows.
-        groups = (_project("bthk,hko->bto", x[:, :, g], w[g]) for g in range(w.shape[0]))
+        groups = (self._project("bthk,hko->bto", x[:, :, g], w[g]) for g in range(w.shape[0]))
         return jnp.stack(list(groups), axis=2)
 
     def _attend(self, x, q_rank, q, kv, sink, places: Places) -> Queries:
@@ -148,12 +148,12 @@ class Attention(nn.Module):
     def _compressor(self) -> Compressor:
         c = self.config
         return Compressor(
-            c, c.ratio(self.kind), c.head_dim, overlapping=self.kind == CSA, name="compressor"
+            c, self.runtime, c.ratio(self.kind), c.head_dim, overlapping=self.kind == CSA,
+            name="compressor",
         )
 
     def _indexer(self) -> Indexer:
-        return Indexer(self.config, name="indexer")
+        return Indexer(self.config, self.runtime, name="indexer")
 
-
-def _project(form: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:
-    return jnp.einsum(form, x, w.astype(x.dtype))
+    def _project(self, form: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:
+        return project(form, x, w.astype(x.dtype), invariant=self.runtime.batch_invariant)

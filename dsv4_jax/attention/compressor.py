@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from dsv4_jax.attention.layout import EntryLayout, blocks_touched
 from dsv4_jax.cache import Pending, Span, write_ring
-from dsv4_jax.config import ModelConfig
-from dsv4_jax.layers import rms_norm
+from dsv4_jax.config import ModelConfig, Runtime
+from dsv4_jax.layers import project, rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Entries, Float, Hidden, Int
@@ -90,6 +90,7 @@ class Compressor(nn.Module):
     """
 
     config: ModelConfig
+    runtime: Runtime
     ratio: int
     width: int
     overlapping: bool
@@ -120,7 +121,10 @@ class Compressor(nn.Module):
         # are bfloat16: such factors are exact, and their products are summed in float32.
         form = "btd,udk->btuk" if self.overlapping else "btd,dk->btk"
         values, gates = (
-            jnp.einsum(form, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+            project(
+                form, x, w.astype(x.dtype), invariant=self.runtime.batch_invariant,
+                preferred_element_type=jnp.float32,
+            )
             for w in (w_kv, w_gate)
         )
         if earlier is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,8 @@ from flax import linen as nn
 from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.cache import Pending
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import ModelConfig, Runtime
+from dsv4_jax.layers import project
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int
@@ -98,6 +100,7 @@ class Indexer(nn.Module):
     """Queries from the shared low-rank projection, keys from a compressor of its own."""
 
     config: ModelConfig
+    runtime: Runtime
 
     @nn.compact
     def __call__(
@@ -109,9 +112,12 @@ class Indexer(nn.Module):
         heads, width = c.index_n_heads, c.index_head_dim
         w_q = param(self, "w_q", "rank -> index_heads index_width", (c.q_lora_rank, heads, width))
         w_heads = param(self, "w_heads", "width -> index_heads", (c.hidden_size, heads))
-        compressor = Compressor(c, c.csa_ratio, width, overlapping=True, name="compressor")
-        queries = jnp.einsum("btr,rij->btij", q_rank, w_q.astype(x.dtype))
-        head_weights = jnp.einsum(
+        compressor = Compressor(
+            c, self.runtime, c.csa_ratio, width, overlapping=True, name="compressor"
+        )
+        multiply = partial(project, invariant=self.runtime.batch_invariant)
+        queries = multiply("btr,rij->btij", q_rank, w_q.astype(x.dtype))
+        head_weights = multiply(
             "btd,di->bti", x, w_heads.astype(x.dtype), preferred_element_type=jnp.float32
         )
         head_weights = head_weights * (width**-0.5 * heads**-0.5)
