@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.config import Runtime
 from dsv4_jax.shapes import Array, Float
 
 # XLA on CPU, with jax 0.12, has two kernels for products by up to 8 columns, which round unlike;
@@ -13,16 +14,16 @@ LEAST_COLUMNS = 9
 
 
 def project(
-    form: str, x: Float[Array, "..."], w: Float[Array, "..."], *, invariant: bool, **options
+    form: str, x: Float[Array, "..."], w: Float[Array, "..."], runtime: Runtime, **options
 ) -> Array:
-    """Multiply tokens by a matrix: `einsum` of a form whose result ends with the last axis of w.
+    """Multiply tokens by a matrix in their dtype; the result ends with the last axis of w.
 
     Args:
-      invariant: give a token the same bits whatever the number of tokens.
-      options: those of `jnp.einsum`.
+      form: of the `jnp.einsum` that this is, with its options.
+      runtime: if `batch_invariant`, a token has the same bits whatever the number of tokens.
     """
-    columns = w.shape[-1]
-    if not invariant or columns >= LEAST_COLUMNS:
+    w, columns = w.astype(x.dtype), w.shape[-1]
+    if not runtime.batch_invariant or columns >= LEAST_COLUMNS:
         return jnp.einsum(form, x, w, **options)
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, LEAST_COLUMNS - columns)])
     return jnp.einsum(form, x, w, **options)[..., :columns]

@@ -88,12 +88,12 @@ sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
 
 
 def mix_logits(
-    streams: Streams, fn: Float[Array, "d n x"], eps: float, *, invariant: bool
+    streams: Streams, fn: Float[Array, "d n x"], eps: float, runtime: Runtime
 ) -> Float[Array, "x b t"]:
     """Project a token's streams, jointly normalised to unit mean square."""
     streams = streams.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(streams * streams, axis=(2, 3)) + eps)
-    logits = project("btnd,dnx->btx", streams, fn, invariant=invariant, precision="highest")
+    logits = project("btnd,dnx->btx", streams, fn, runtime, precision="highest")
     return jnp.moveaxis(logits * scale[..., None], -1, 0)
 
 
@@ -150,9 +150,7 @@ class StreamMix(nn.Module):
         scale = param(self, "scale", "gate", (3,), constant(c.hc_gate_init))
 
         fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(d, n, n * n)], axis=-1)
-        logits = mix_logits(
-            streams, fn, c.rms_norm_eps, invariant=self.runtime.batch_invariant
-        )
+        logits = mix_logits(streams, fn, c.rms_norm_eps, self.runtime)
         pre = jax.nn.sigmoid(logits[:n] * scale[0] + base_pre[:, None, None]) + c.hc_eps
         post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base_post[:, None, None])
         comb = logits[2 * n :].reshape(n, n, *logits.shape[1:])
@@ -172,8 +170,6 @@ class StreamHead(nn.Module):
         fn = param(self, "fn", "width streams -> mix", (d, n, n))
         base = param(self, "base", "mix", (n,), nn.initializers.zeros)
         scale = param(self, "scale", "gate", (1,), constant(c.hc_gate_init))
-        logits = mix_logits(
-            streams, fn, c.rms_norm_eps, invariant=self.runtime.batch_invariant
-        )
+        logits = mix_logits(streams, fn, c.rms_norm_eps, self.runtime)
         weight = jax.nn.sigmoid(logits * scale[0] + base[:, None, None]) + c.hc_eps
         return collapse(streams, weight)

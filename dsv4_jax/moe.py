@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,17 +53,16 @@ class SharedExpert(nn.Module):
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
-        multiply = partial(project, invariant=self.runtime.batch_invariant)
         d, f, limit = x.shape[-1], self.config.moe_intermediate_size, self.config.swiglu_limit
-        w_gate = param(self, "w_gate", "width -> expert_width", (d, f)).astype(x.dtype)
-        w_up = param(self, "w_up", "width -> expert_width", (d, f)).astype(x.dtype)
-        w_down = param(self, "w_down", "expert_width -> width", (f, d)).astype(x.dtype)
+        w_gate = param(self, "w_gate", "width -> expert_width", (d, f))
+        w_up = param(self, "w_up", "width -> expert_width", (d, f))
+        w_down = param(self, "w_down", "expert_width -> width", (f, d))
         gate, up = (
-            multiply("btd,df->btf", x, w, preferred_element_type=jnp.float32)
+            project("btd,df->btf", x, w, self.runtime, preferred_element_type=jnp.float32)
             for w in (w_gate, w_up)
         )
         hidden = clamped_swiglu(gate, up, limit).astype(x.dtype)
-        return multiply("btf,fd->btd", hidden, w_down)
+        return project("btf,fd->btd", hidden, w_down, self.runtime)
 
 
 class MoE(nn.Module):
@@ -87,8 +86,7 @@ class MoE(nn.Module):
         count = c.n_routed_experts
         w_router = param(self, "w_router", "width -> router_experts", (x.shape[-1], count))
         logits = project(
-            "btd,de->bte", x.astype(jnp.float32), w_router,
-            invariant=self.runtime.batch_invariant, precision="highest",
+            "btd,de->bte", x.astype(jnp.float32), w_router, self.runtime, precision="highest"
         )
         scores = affinity(logits)
         experts = self._choose(scores, tokens)
@@ -115,7 +113,7 @@ class MoE(nn.Module):
         return best_experts(scores, bias, c.num_experts_per_tok)
 
 
-@cache
+@functools.cache
 def table_init(seed: int, layer: int, experts: int) -> Init:
     """Make the hash-routing table of a layer; it depends on the config's seed alone."""
 

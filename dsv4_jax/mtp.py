@@ -39,13 +39,12 @@ class MultiTokenPrediction(nn.Module):
         ones = nn.initializers.ones
         token_norm = param(self, "token_norm", "width", (d,), ones)
         stream_norm = param(self, "stream_norm", "width", (d,), ones)
-        w_token = param(self, "w_token", "width -> width_out", (d, d)).astype(streams.dtype)
-        w_stream = param(self, "w_stream", "width -> width_out", (d, d)).astype(streams.dtype)
+        w_token = param(self, "w_token", "width -> width_out", (d, d))
+        w_stream = param(self, "w_stream", "width -> width_out", (d, d))
         e = rms_norm(next_embedding, token_norm, eps=c.rms_norm_eps)
         h = rms_norm(streams, stream_norm, eps=c.rms_norm_eps)
-        invariant = self.runtime.batch_invariant
-        joined = project("btd,dx->btx", e, w_token, invariant=invariant)[:, :, None]
-        joined = joined + project("btnd,dx->btnx", h, w_stream, invariant=invariant)
+        joined = project("btd,dx->btx", e, w_token, self.runtime)[:, :, None]
+        joined = joined + project("btnd,dx->btnx", h, w_stream, self.runtime)
         block = block_class(self.runtime)(
             c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block"
         )

@@ -264,4 +264,5 @@ def test_the_config_learns_to_retrieve_through_compressed_entries_alone(tmp_path
         model.config, layer_types=(WINDOW,) * model.config.num_layers,
         rope_theta=model.config.compress_rope_theta,
     )
-    assert max(shares(model._replace(config=blind), trained)) < 0.2
+    for length in (trained, 2 * trained):
+        assert max(shares(model._replace(config=blind), length)) < 0.2

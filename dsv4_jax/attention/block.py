@@ -73,10 +73,11 @@ class Attention(nn.Module):
         )
         w_o_b = param(self, "w_o_b", "groups out_rank -> width", (groups, c.o_lora_rank, d))
 
-        q_rank = rms_norm(self._project("btd,dr->btr", x, w_q_a), q_norm, eps=c.rms_norm_eps)
-        q = rms_norm(self._project("btr,rhk->bthk", q_rank, w_q_b), eps=c.rms_norm_eps)
+        q_rank = project("btd,dr->btr", x, w_q_a, self.runtime)
+        q_rank = rms_norm(q_rank, q_norm, eps=c.rms_norm_eps)
+        q = rms_norm(project("btr,rhk->bthk", q_rank, w_q_b, self.runtime), eps=c.rms_norm_eps)
         q = constrain(rotate(q, places.at_query), "batch token heads head_width", self.runtime.mesh)
-        kv = rms_norm(self._project("btd,dk->btk", x, w_kv), kv_norm, eps=c.rms_norm_eps)
+        kv = rms_norm(project("btd,dk->btk", x, w_kv, self.runtime), kv_norm, eps=c.rms_norm_eps)
         kv = rotate(kv, places.at_query)
         if cache is None:
             out, kept = self._attend(x, q_rank, q, kv, sink, places), None
@@ -85,15 +86,17 @@ class Attention(nn.Module):
         out = rotate(out, places.at_query, inverse=True)
         out = out.reshape(*out.shape[:2], groups, per_group, width)
         out = self._project_groups(out, w_o_a)
-        return self._project("btgo,god->btd", out, w_o_b).astype(dtype), kept
+        return project("btgo,god->btd", out, w_o_b, self.runtime).astype(dtype), kept
 
     def _project_groups(self, x: Float[Array, "b t g h k"], w: Float[Array, "g h k o"]) -> Array:
         """Project each group of heads by a matrix of its own."""
         if not self.runtime.batch_invariant:
-            return self._project("btghk,ghko->btgo", x, w)
+            return project("btghk,ghko->btgo", x, w, self.runtime)
         # XLA on CPU groups the sums of a batch of products by the number of rows.
-        groups = (self._project("bthk,hko->bto", x[:, :, g], w[g]) for g in range(w.shape[0]))
-        return jnp.stack(list(groups), axis=2)
+        groups = [
+            project("bthk,hko->bto", x[:, :, g], w[g], self.runtime) for g in range(w.shape[0])
+        ]
+        return jnp.stack(groups, axis=2)
 
     def _attend(self, x, q_rank, q, kv, sink, places: Places) -> Queries:
         """Run the core of this layer's kind."""
@@ -154,6 +157,3 @@ class Attention(nn.Module):
 
     def _indexer(self) -> Indexer:
         return Indexer(self.config, self.runtime, name="indexer")
-
-    def _project(self, form: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Array:
-        return project(form, x, w.astype(x.dtype), invariant=self.runtime.batch_invariant)

@@ -121,10 +121,7 @@ class Compressor(nn.Module):
         # are bfloat16: such factors are exact, and their products are summed in float32.
         form = "btd,udk->btuk" if self.overlapping else "btd,dk->btk"
         values, gates = (
-            project(
-                form, x, w.astype(x.dtype), invariant=self.runtime.batch_invariant,
-                preferred_element_type=jnp.float32,
-            )
+            project(form, x, w, self.runtime, preferred_element_type=jnp.float32)
             for w in (w_kv, w_gate)
         )
         if earlier is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -115,10 +114,9 @@ class Indexer(nn.Module):
         compressor = Compressor(
             c, self.runtime, c.csa_ratio, width, overlapping=True, name="compressor"
         )
-        multiply = partial(project, invariant=self.runtime.batch_invariant)
-        queries = multiply("btr,rij->btij", q_rank, w_q.astype(x.dtype))
-        head_weights = multiply(
-            "btd,di->bti", x, w_heads.astype(x.dtype), preferred_element_type=jnp.float32
+        queries = project("btr,rij->btij", q_rank, w_q, self.runtime)
+        head_weights = project(
+            "btd,di->bti", x, w_heads, self.runtime, preferred_element_type=jnp.float32
         )
         head_weights = head_weights * (width**-0.5 * heads**-0.5)
         keys, pending = compressor(x, layout, at_entry, earlier)
