@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +38,10 @@ class RunLog:
             self._file = self._path.open("a")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step."""
+        """Record the metrics of a step; JSON has no infinities and NaNs, they are null there."""
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         with explain_failed_write(self._path):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         self._board.scalars(step, values)
 

@@ -108,9 +108,12 @@ class TrainConfig:
     mtp_weight_in_decay: float = 0.1  # the same from the start of the learning-rate decay
     balance_weight: float = 1e-4  # of the sequence-wise expert balance loss
     bias_update_rate: float = 1e-3  # step of the routers' selection bias
+    skip_non_finite: bool = True  # a batch of infinite or NaN loss or gradient moves nothing
+    most_skips: int = 10  # such batches in a row that end the run
     eval_every: int  # steps between evaluations of the held-out text
     checkpoint_every: int  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
+    checkpoint_patience: float = 1800.0  # seconds that writing one may take
     log_every: int = 1  # steps between log lines
     seed: int = 0  # seed of the initial weights
     sample_prompt: str = "def "  # text that the final sample continues
@@ -120,13 +123,16 @@ class TrainConfig:
 
     def __post_init__(self):
         check_field_types(self)
-        counts = "steps accumulation eval_every checkpoint_every keep_checkpoints log_every"
+        counts = (
+            "steps accumulation most_skips eval_every checkpoint_every keep_checkpoints log_every"
+        )
         weights = "mtp_weight mtp_weight_in_decay balance_weight bias_update_rate"
         _check_rules(
             self,
             *((name, getattr(self, name) >= 1, "at least 1") for name in counts.split()),
             *((name, _is_non_negative(getattr(self, name)), "a number of at least 0")
               for name in (*weights.split(), "sample_temperature")),
+            ("checkpoint_patience", _is_positive(self.checkpoint_patience), "a positive number"),
             ("seed", is_seed(self.seed), SEEDS),
             ("sample_tokens", self.sample_tokens >= 1, "at least 1"),
             ("sample_top_p", 0 < self.sample_top_p <= 1, "above 0 and at most 1"),

@@ -32,6 +32,7 @@ from dsv4_jax.model import param_shapes
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
+from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
 from dsv4_jax.train_step import (
     TrainState,
@@ -64,25 +65,35 @@ class _Run:
 
 
 def train(config: RunConfig, workdir: str | Path) -> TrainState:
-    """Train to the end of the run, going on from the newest checkpoint of the workdir.
+    """Train to the end of the run, going on from the newest undamaged checkpoint of the workdir.
 
     The workdir receives the config, the tokenizer and the encoded text, checkpoints, metrics as
     JSON lines and for TensorBoard, and the final sample.
 
+    SIGTERM and SIGINT end the run after the step that is being taken, with a checkpoint of it.
+
     Raises:
-      InputError: the config, the data, the workdir or its checkpoint cannot be used.
+      InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
+        batches in a row had a loss or gradient that is not finite.
     """
     workdir, mesh = Path(workdir), _mesh_of(config)
     check_writable(workdir)
     _announce_model(config, mesh)
-    keep = config.train.keep_checkpoints
     # Opened first: a run that may not go on here is refused before it writes anything else.
-    with closing(Checkpoints(workdir, keep=keep, config=config.to_dict())) as checkpoints:
+    checkpoints = Checkpoints(
+        workdir, keep=config.train.keep_checkpoints, config=config.to_dict(),
+        patience=config.train.checkpoint_patience,
+    )
+    with closing(checkpoints):
         run = _Run(config, workdir, mesh, _read_corpus(config, workdir))
-        return _train(run, checkpoints)
+        with StopRequest() as stop:
+            state = _train(run, checkpoints, stop)
+    if stop:
+        say(f"ended by {stop.signal} after step {state.step}; the same command goes on from there")
+    return state
 
 
-def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
+def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
     config = run.config
     prompt = _sample_prompt(run)  # first: what cannot be sampled from is refused before training
     batches = make_train_iterator(
@@ -91,14 +102,15 @@ def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
     first, state = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
-    evaluation = _Evaluation(run)
+    evaluation = _Evaluation(run, stop)
     if first < config.train.steps:
         with closing(RunLog(run.workdir, first)) as log:
-            state = _take_steps(run, state, first, batches, evaluation, checkpoints, log)
+            state = _take_steps(run, state, first, batches, evaluation, checkpoints, log, stop)
     else:
         say(f"the run is complete: {first} of {config.train.steps} steps")
         evaluation.report(state.params)
-    _write_sample(run, state, prompt)
+    if not stop:
+        _write_sample(run, state, prompt)
     return state
 
 
@@ -118,7 +130,7 @@ def _first_state(
 
 def _take_steps(
     run: _Run, state: TrainState, first: int, batches: TrainIterator, evaluation: _Evaluation,
-    checkpoints: Checkpoints, log: RunLog,
+    checkpoints: Checkpoints, log: RunLog, stop: StopRequest,
 ) -> TrainState:
     """Take the steps after `first`; log, evaluate and save when due, and at the end."""
     plan, rows = run.config.train, run.config.data.batch_size
@@ -128,11 +140,13 @@ def _take_steps(
 
     batch = run.place(next(batches), rows)
     step_fn = _compile_step(run, state, batch)
+    skips = _SkipWatch(plan.most_skips, int(state.skips.total))
     since, start = first, time.perf_counter()
     for step in range(first + 1, plan.steps + 1):
         state, metrics = step_fn(state, batch)
         # While the devices work: where a resumed run goes on, and the batch that it takes first.
         place, batch = batches.get_state(), run.place(next(batches), rows)
+        skips.look(step, metrics)
         if due(plan.log_every):
             values = {name: float(value) for name, value in metrics.items()}
             seconds = (time.perf_counter() - start) / (step - since)
@@ -140,14 +154,46 @@ def _take_steps(
             say(_step_line(step, plan.steps, values, seconds * (plan.steps - step)))
             log.metrics(step, values)
             since, start = step, time.perf_counter()
-        if due(plan.eval_every):
-            log.metrics(step, {"held_out_bits_per_byte": evaluation.report(state.params)})
+        if due(plan.eval_every) and (bits := evaluation.report(state.params)) is not None:
+            log.metrics(step, {"held_out_bits_per_byte": bits})
             since, start = step, time.perf_counter()
-        if due(plan.checkpoint_every):
+        ending = bool(stop)
+        if due(plan.checkpoint_every) or ending:
             # After the log: what a checkpoint covers is neither lost nor logged twice.
             checkpoints.save(step, state, place)
         checkpoints.check()
+        if ending:
+            break
     return state
+
+
+class _SkipWatch:
+    """Tell of batches that were skipped, and end a run that does nothing else.
+
+    Each step's numbers are looked at when the next one has been given to the devices, which so
+    never wait for it.
+    """
+
+    def __init__(self, most: int, total: int):
+        self._most, self._total, self._before = most, total, None
+
+    def look(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take a step's numbers, and look at those of the step before.
+
+        Raises:
+          InputError: too many batches in a row were skipped.
+        """
+        before, self._before = self._before, metrics
+        if before is None or int(before["skipped"]) == self._total:
+            return
+        self._total, in_row = int(before["skipped"]), int(before["skipped_in_row"])
+        say(f"step {step - 1}: the loss or gradient is not finite, its batch is skipped")
+        if in_row >= self._most:
+            raise InputError(
+                f"step {step - 1}: expected a finite loss and gradient, got none in the last "
+                f"{in_row} steps; start again from the checkpoint before, with a lower "
+                "optimizer.learning_rate if it happens again"
+            )
 
 
 def _step_line(step: int, steps: int, values: dict[str, float], seconds_left: float) -> str:
@@ -179,7 +225,8 @@ def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Comp
 class _Evaluation:
     """Score the held-out text in bits per byte, beside what general compressors need for it."""
 
-    def __init__(self, run: _Run):
+    def __init__(self, run: _Run, stop: StopRequest):
+        self._stop = stop
         # Rows of one micro-batch: what fits for training fits here.
         rows = run.config.data.batch_size // run.config.train.accumulation
         self._batches = held_out_batches(
@@ -193,9 +240,13 @@ class _Evaluation:
         self._bytes = len(run.corpus.held_out_text)
         self._baselines = baseline_bits_per_byte(run.corpus.held_out_text)
 
-    def report(self, params: dict) -> float:
-        """Print and return the bits per byte of the held-out text."""
-        nats = sum(float(self._nats(params, self._place(batch))) for batch in self._batches)
+    def report(self, params: dict) -> float | None:
+        """Print and return the bits per byte of the held-out text; None if the run is to end."""
+        nats = 0.0
+        for batch in self._batches:
+            if self._stop:
+                return None
+            nats += float(self._nats(params, self._place(batch)))
         bits = nats / math.log(2) / self._bytes
         baselines = ", ".join(f"{name} -9 {b:.3f}" for name, b in self._baselines.items())
         say(f"held-out text: {bits:.3f} bits per byte ({baselines})")

@@ -32,10 +32,18 @@ Batch = dict[str, Array]  # "tokens" and, if packed, "segment_ids" and "position
 Metrics = dict[str, Array]  # float32 scalars
 
 
+class Skips(NamedTuple):
+    """Batches that moved nothing, because their loss or gradient was not finite."""
+
+    total: Array  # since the run began
+    in_row: Array  # up to the last batch
+
+
 class TrainState(NamedTuple):
     """All that a run continues from, beside its place in the data."""
 
-    step: Array  # optimizer steps taken
+    step: Array  # batches seen; optimizer steps taken are these less the skipped
+    skips: Skips
     params: dict
     opt_state: optax.OptState
 
@@ -57,10 +65,11 @@ def transformer_of(config: RunConfig, mesh: Mesh | None = None) -> Transformer:
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """Make the state that a run starts from; on a mesh it is born sharded, never whole."""
     params = init_params(config.model, jax.random.key(config.train.seed), mesh)
-    placed = TrainState(None, None, None) if mesh is None else state_shardings(config, mesh)
-    step = jax.device_put(jnp.zeros((), jnp.int32), placed.step)
-    init = jax.jit(_optimizer_of(config).init, out_shardings=placed.opt_state)
-    return TrainState(step, params, init(split_trainable(params)[0]))
+    placed = state_shardings(config, mesh)
+    opt_placed, counter = (None, None) if mesh is None else (placed.opt_state, placed.step)
+    init = jax.jit(_optimizer_of(config).init, out_shardings=opt_placed)
+    step, total, in_row = (jax.device_put(jnp.int32(0), counter) for _ in range(3))
+    return TrainState(step, Skips(total, in_row), params, init(split_trainable(params)[0]))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
@@ -89,7 +98,8 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
         transform_non_params=lambda _: replicated(mesh),
         is_leaf=_is_masked,  # the place of a parameter that another optimizer updates
     )
-    return TrainState(replicated(mesh), params, opt_state)
+    counter = replicated(mesh)
+    return TrainState(counter, Skips(counter, counter), params, opt_state)
 
 
 def _is_masked(leaf) -> bool:
@@ -99,7 +109,8 @@ def _is_masked(leaf) -> bool:
 def _state_shapes(config: RunConfig) -> TrainState:
     params = nn.meta.unbox(param_shapes(config.model))
     opt_state = jax.eval_shape(_optimizer_of(config).init, split_trainable(params)[0])
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(counter, Skips(counter, counter), params, opt_state)
 
 
 def make_train_step(
@@ -110,6 +121,9 @@ def make_train_step(
     The objective is the mean next-token loss, plus mtp_weight times that of multi-token
     prediction, plus balance_weight times the sum of the layers' sequence balance losses. With
     micro-batches the gradient is exactly that of the whole batch.
+
+    A batch whose objective or gradient is not finite moves nothing, the place in the schedule
+    included, and is counted; `train.skip_non_finite` says whether.
     """
     model, train = transformer_of(config, mesh), config.train
     optimizer = _optimizer_of(config)
@@ -121,9 +135,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_trainable(state.params)
         targets = jnp.maximum(_count_targets(batch), 1)
-        mtp_weight = jnp.where(
-            state.step < decays_from, train.mtp_weight, train.mtp_weight_in_decay
-        )
+        taken = state.step - state.skips.total
+        mtp_weight = jnp.where(taken < decays_from, train.mtp_weight, train.mtp_weight_in_decay)
         weights = jnp.array([1, mtp_weight, train.balance_weight]) / jnp.array([*targets, 1])
 
         def objective(trainable, rows):
@@ -141,15 +154,26 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
         params = merge(optax.apply_updates(trainable, updates), frozen)
         params = _rebalance(params, sums.load, train.bias_update_rate)
+        norm = _trained_norm(gradients, labels)
+        skips = state.skips
+        if train.skip_non_finite:
+            finite = jnp.isfinite(jnp.dot(weights, jnp.stack(sums[:3]))) & jnp.isfinite(norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state), (state.params, state.opt_state),
+            )
+            skips = Skips(skips.total + ~finite, jnp.where(finite, 0, skips.in_row + 1))
         metrics = {
             "loss": sums.next_token / targets[0],
             "mtp_loss": sums.mtp / targets[1],
             "balance_loss": sums.balance,
-            "grad_norm": _trained_norm(gradients, labels),
-            "learning_rate": schedule(state.step),
+            "grad_norm": norm,
+            "learning_rate": schedule(taken),
             "max_load": _max_load(sums.load),
+            "skipped": skips.total,
+            "skipped_in_row": skips.in_row,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, skips, params, opt_state), metrics
 
     return step
 

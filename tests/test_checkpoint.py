@@ -134,25 +134,6 @@ def test_a_checkpoint_cut_off_in_writing_does_not_count(saved, tmp_path):
     assert_same(state, new_state(2))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
-@pytest.mark.parametrize("name", ["config/metadata", "data/metadata", "state/_METADATA", "state/"])
-def test_a_damaged_checkpoint_is_named_and_one_before_is_used(name, damage, saved, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(saved, workdir)
-    newest = workdir / "checkpoints" / "3"
-    path = newest / name
-    if path.is_dir():  # the file with the largest array
-        path = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"cannot read .* {newest}: .*; move") as caught:
-        opened(workdir).restore(shapes_of(new_state(3)))
-    assert "\n" not in str(caught.value)
-    newest.rename(workdir / "aside")
-    checkpoints = opened(workdir)
-    assert_same(checkpoints.restore(shapes_of(new_state(2)))[0], new_state(2))
-    checkpoints.close()
-
-
 def check_for_long(checkpoints: Checkpoints) -> None:
     for _ in range(1000):
         checkpoints.check()

@@ -660,3 +660,7 @@ def test_training_workdir_becomes_a_checkpoint(tmp_path):
     assert (tmp_path / "hf/tokenizer.json").exists()
     assert isinstance(ModelConfig.from_hf(tmp_path / "hf"), ModelConfig)
     assert os.listdir(tmp_path / "hf").count("model.safetensors") == 1
+    damaged = tmp_path / "run/checkpoints/3/state/_METADATA"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"state/_METADATA: its bytes are not .*; move that"):
+        load_pretrained(tmp_path / "run")

@@ -27,7 +27,7 @@ from dsv4_jax.convert import orbax_leaves
 from dsv4_jax.convert.orbax_leaves import LeafPlan, open_leaves, write_leaves
 from dsv4_jax.errors import InputError
 from dsv4_jax.sharding import make_mesh
-from dsv4_jax.train_step import TrainState
+from dsv4_jax.train_step import Skips, TrainState
 
 # When one file cannot be read, Orbax drops TensorStore's answers about the others, which are told
 # to nobody, sooner or later.
@@ -217,7 +217,8 @@ def test_a_training_checkpoint_is_opened(tmp_path):
     placed = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     weights = random_array((8, 4), np.int32).astype(np.float32)
     params = {"pairs": {"w": jax.device_put(weights, placed)}, "head": jnp.ones((3, 2))}
-    state = TrainState(jnp.array(5), params, optax.adamw(1e-3).init(params))
+    skips = Skips(jnp.array(0), jnp.array(0))
+    state = TrainState(jnp.array(5), skips, params, optax.adamw(1e-3).init(params))
     checkpoints = Checkpoints(tmp_path, keep=1, config={"model": {}})
     checkpoints.save(5, state, {})
     checkpoints.close()

@@ -19,6 +19,7 @@ from dsv4_jax.params import IN, OUT, kinds_of, path_name, split_trainable
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.train_step import (
+    Skips,
     TrainState,
     abstract_state,
     init_state,
@@ -109,7 +110,8 @@ def initial_state(name: str):
 
     state = abstract_state(run_config(name))
     return TrainState(
-        np.zeros((), np.int32),
+        np.int32(0),
+        Skips(np.int32(0), np.int32(0)),
         jax.tree_util.tree_map_with_path(value, state.params),
         jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state.opt_state),
     )

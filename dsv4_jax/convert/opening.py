@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+from dsv4_jax.checkpoint import FOLDER as CHECKPOINTS
+from dsv4_jax.checkpoint import check_checkpoint
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaf_source import LeafSource
 from dsv4_jax.convert.orbax_leaves import StoredLeaf, open_leaves
@@ -21,7 +23,6 @@ from dsv4_jax.run_config import RunConfig
 CONFIG = "config.json"
 LARGEST_CONFIG = 1 << 20  # bytes
 PARAMS = "params"  # Orbax's folder in what a conversion wrote
-CHECKPOINTS = "checkpoints"  # in the workdir of a training
 
 
 class Opened(NamedTuple):
@@ -79,7 +80,12 @@ def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
     steps = [int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdecimal()]
     if not steps:
         raise InputError(f"{folder / CHECKPOINTS}: expected a checkpoint, got none; train first")
-    state = folder / CHECKPOINTS / str(max(steps)) / "state"
+    newest = folder / CHECKPOINTS / str(max(steps))
+    try:
+        check_checkpoint(newest)
+    except InputError as error:
+        raise InputError(f"{error}; move that folder away to use the one before") from error
+    state = newest / "state"
     prefix = "params/"
     leaves = {
         path.removeprefix(prefix): leaf
