@@ -38,7 +38,7 @@ FIXED_KEYS = ("model", "data.source", "data.text_field", "data.tokenizer", "data
 # Else an array of one device is one chunk, of up to 2 GB, and to read a layer is to read all of it.
 CHUNK_BYTES = 64 * 2**20
 STACKS = ("pairs", "experts")  # names of subtrees whose arrays are stacks
-FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"  # in a workdir
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"  # in a workdir
 # Written when the folder gets its name, and never read on file systems that can rename.
 UNLISTED = frozenset({ocp.path.atomicity.COMMIT_SUCCESS_FILE})
 DELETED_SUFFIX = ".orbax-checkpoint-tmp"  # what Orbax removes when it opens the folder
@@ -60,7 +60,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int, config: dict, patience: float = 1800):
-        self._folder = workdir.absolute() / FOLDER
+        self._folder = workdir.absolute() / CHECKPOINTS
         check_writable(self._folder)
         self._config, self._keep, self._patience = config, keep, patience
         self._since: float | None = None  # when the write that may still go on began

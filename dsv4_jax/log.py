@@ -31,11 +31,17 @@ class RunLog:
     def __init__(self, workdir: Path, step: int):
         self._path = workdir / METRICS_FILE
         with explain_failed_write(self._path):
-            kept = [line for line, of_step in _whole_lines(self._path) if of_step <= step]
-            write_atomically(self._path, b"".join(kept))
+            kept = [(line, record) for line, record in _whole_lines(self._path)
+                    if record["step"] <= step]
+            write_atomically(self._path, b"".join(line for line, _ in kept))
+        self._kept = [record for _, record in kept if record["step"] == step]
         self._board = _Board(workdir / "tensorboard", step + 1)
         with explain_failed_write(self._path):
             self._file = self._path.open("a")
+
+    def known(self, step: int) -> set[str]:
+        """Return the names of what earlier runs have recorded of the step to go on from."""
+        return {name for record in self._kept if record["step"] == step for name in record}
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the metrics of a step; JSON has no infinities and NaNs, they are null there."""
@@ -89,16 +95,16 @@ class _Board:
             self._writer.flush()
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield a file's lines and their steps, without a last line that was cut off in writing."""
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Yield a file's lines and what they say, without a last one that was cut off in writing."""
     if not path.exists():
         return
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        yield line + b"\n", _step_of(line, f"{path}:{number}")
+        yield line + b"\n", _read(line, f"{path}:{number}")
 
 
-def _step_of(line: bytes, where: str) -> int:
+def _read(line: bytes, where: str) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # no JSON or no UTF-8
@@ -108,4 +114,4 @@ def _step_of(line: bytes, where: str) -> int:
             f'{where}: expected metrics, like {{"step": 1, "loss": 8.3}}, got {line[:40]!r}; '
             "mend or remove the line, or move the file away"
         )
-    return record["step"]
+    return record

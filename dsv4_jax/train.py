@@ -43,6 +43,8 @@ from dsv4_jax.train_step import (
     state_shardings,
 )
 
+HELD_OUT = "held_out_bits_per_byte"  # name of the metric
+
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
@@ -102,13 +104,16 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     first, state = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
-    evaluation = _Evaluation(run, stop)
-    if first < config.train.steps:
-        with closing(RunLog(run.workdir, first)) as log:
+    with closing(RunLog(run.workdir, first)) as log:
+        evaluation = _Evaluation(run, log, stop)
+        complete = first >= config.train.steps
+        if complete:
+            say(f"the run is complete: {first} of {config.train.steps} steps")
+        due = first > 0 and first % config.train.eval_every == 0
+        if complete or due and not evaluation.has(first):  # a signal ended the run before it
+            evaluation.report(first, state.params)
+        if not complete:
             state = _take_steps(run, state, first, batches, evaluation, checkpoints, log, stop)
-    else:
-        say(f"the run is complete: {first} of {config.train.steps} steps")
-        evaluation.report(state.params)
     if not stop:
         _write_sample(run, state, prompt)
     return state
@@ -154,8 +159,8 @@ def _take_steps(
             say(_step_line(step, plan.steps, values, seconds * (plan.steps - step)))
             log.metrics(step, values)
             since, start = step, time.perf_counter()
-        if due(plan.eval_every) and (bits := evaluation.report(state.params)) is not None:
-            log.metrics(step, {"held_out_bits_per_byte": bits})
+        if due(plan.eval_every):
+            evaluation.report(step, state.params)
             since, start = step, time.perf_counter()
         ending = bool(stop)
         if due(plan.checkpoint_every) or ending:
@@ -225,8 +230,8 @@ def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Comp
 class _Evaluation:
     """Score the held-out text in bits per byte, beside what general compressors need for it."""
 
-    def __init__(self, run: _Run, stop: StopRequest):
-        self._stop = stop
+    def __init__(self, run: _Run, log: RunLog, stop: StopRequest):
+        self._log, self._stop = log, stop
         # Rows of one micro-batch: what fits for training fits here.
         rows = run.config.data.batch_size // run.config.train.accumulation
         self._batches = held_out_batches(
@@ -240,17 +245,22 @@ class _Evaluation:
         self._bytes = len(run.corpus.held_out_text)
         self._baselines = baseline_bits_per_byte(run.corpus.held_out_text)
 
-    def report(self, params: dict) -> float | None:
-        """Print and return the bits per byte of the held-out text; None if the run is to end."""
+    def has(self, step: int) -> bool:
+        """Say whether the log has the score of a step that the run goes on from."""
+        return HELD_OUT in self._log.known(step)
+
+    def report(self, step: int, params: dict) -> None:
+        """Print and log the bits per byte of the held-out text, unless the run is to end."""
         nats = 0.0
         for batch in self._batches:
             if self._stop:
-                return None
+                return
             nats += float(self._nats(params, self._place(batch)))
         bits = nats / math.log(2) / self._bytes
         baselines = ", ".join(f"{name} -9 {b:.3f}" for name, b in self._baselines.items())
         say(f"held-out text: {bits:.3f} bits per byte ({baselines})")
-        return bits
+        if not self.has(step):
+            self._log.metrics(step, {HELD_OUT: bits})
 
 
 def _sample_prompt(run: _Run) -> np.ndarray:

@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4_jax.checkpoint import FOLDER as CHECKPOINTS
-from dsv4_jax.checkpoint import check_checkpoint
+from dsv4_jax.checkpoint import CHECKPOINTS, check_checkpoint
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaf_source import LeafSource
 from dsv4_jax.convert.orbax_leaves import StoredLeaf, open_leaves
