@@ -66,15 +66,8 @@ class Checkpoints:
         self._since: float | None = None  # when the write that may still go on began
         self._described: dict[int, dict] = {}  # what manifests are to say, by step
         self._damaged: dict[int, str] = {}  # what is wrong, by step, until these are moved away
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, enable_async_checkpointing=True, cleanup_tmp_directories=True,
-            lightweight_initialize=True,
-            temporary_path_class=_sealing(self._folder, self._described.pop, self._remove_old),
-        )
         self.latest_step, self._manifest = self._newest_undamaged()
-        remedy = "mend the folder or choose another --workdir"
-        with explained(f"cannot open {self._folder}", remedy):
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = self._open_manager()
         if self.latest_step is not None:
             saved = self._restore(config=ocp.args.JsonRestore())["config"]
             check_same_run(saved, config, str(self._where(self.latest_step)))
@@ -169,6 +162,16 @@ class Checkpoints:
         with self._explain_failed_save():
             self._manager.wait_until_finished()
 
+    def _open_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, enable_async_checkpointing=True, cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+            temporary_path_class=_sealing(self._folder, self._described.pop, self._remove_old),
+        )
+        remedy = "mend the folder or choose another --workdir"
+        with explained(f"cannot open {self._folder}", remedy):
+            return ocp.CheckpointManager(self._folder, options=options)
+
     def _where(self, step: int) -> Path:
         return self._folder / str(step)
 
@@ -219,12 +222,21 @@ class Checkpoints:
                 "checkpoint before, with a lower learning rate if it happens again"
             )
 
-    def _explain_failed_save(self) -> contextlib.AbstractContextManager[None]:
-        return explained(
-            f"cannot write a checkpoint to {self._folder}",
+    @contextlib.contextmanager
+    def _explain_failed_save(self) -> Iterator[None]:
+        remedy = (
             "make room or mend the disk, and start again: the run goes on from the checkpoint "
-            "before",
+            "before"
         )
+        try:
+            with explained(f"cannot write a checkpoint to {self._folder}", remedy):
+                yield
+        except InputError:
+            # One of Orbax's threads has failed; the others must not go on with that checkpoint.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open_manager()
+            raise
 
     def _restore(self, **items) -> dict[str, Any]:
         where = self._where(self.latest_step)
