@@ -64,7 +64,7 @@ class Checkpoints:
         check_writable(self._folder)
         self._config, self._keep, self._patience = config, keep, patience
         self._since: float | None = None  # when the write that may still go on began
-        self._described: dict[int, dict] = {}  # what manifests are to say, by step
+        self._saved: tuple[Callable, dict | None] | None = None  # what is being written
         self._damaged: dict[int, str] = {}  # what is wrong, by step, until these are moved away
         self.latest_step, self._manifest = self._newest_undamaged()
         self._manager = self._open_manager()
@@ -84,7 +84,7 @@ class Checkpoints:
         Args:
           place: in the data, `TrainIterator.get_state()`.
         Raises:
-          InputError: this write or the one before, in the background, failed; the state has
+          InputError: this write or the one before, in the background, failed; its state had
             infinities or NaNs.
         """
         # The place is the same on every host, so it is plain JSON, not grain's file per host: a
@@ -95,14 +95,8 @@ class Checkpoints:
             config=ocp.args.JsonSave(self._config),
         )
         jax.block_until_ready(state)  # an error of the computation is none of the disk
-        leaves = fingerprints(state)
-        self._refuse_non_finite(step, leaves)
-        self._described[step] = {
-            "step": step, "leaves": leaves, "data": place.get("identity"),
-            "config_sha256": hashlib.sha256(_canonical(self._config)).hexdigest(),
-            "versions": _versions(),
-        }
         self._wait()
+        self._saved = fingerprints(state), place.get("identity")
         with self._explain_failed_save():
             self._manager.save(step, args=items, force=True)
         self._since = time.monotonic()
@@ -138,7 +132,7 @@ class Checkpoints:
             restored = self._restore(
                 state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
             )
-            if fingerprints(restored["state"]) == self._manifest["leaves"]:
+            if fingerprints(restored["state"])() == self._manifest["leaves"]:
                 return restored["state"], restored["data"]
             # The files are those that were written, so that they were wrong from the start.
             reason = "its arrays are not those that were saved"
@@ -166,7 +160,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None, enable_async_checkpointing=True, cleanup_tmp_directories=True,
             lightweight_initialize=True,
-            temporary_path_class=_sealing(self._folder, self._described.pop, self._remove_old),
+            temporary_path_class=_sealing(self._folder, self._describe, self._remove_old),
         )
         remedy = "mend the folder or choose another --workdir"
         with explained(f"cannot open {self._folder}", remedy):
@@ -213,7 +207,14 @@ class Checkpoints:
             doomed = self._where(old).rename(self._folder / f"{old}{DELETED_SUFFIX}")
             shutil.rmtree(doomed)
 
-    def _refuse_non_finite(self, step: int, leaves: dict[str, dict]) -> None:
+    def _describe(self, step: int) -> dict[str, Any]:
+        """Return what the manifest is to say of the state that is being written.
+
+        Raises:
+          InputError: it has infinities or NaNs.
+        """
+        leaves, data = self._saved[0](), self._saved[1]
+        self._saved = None  # the arrays are not needed any more
         bad = [name for name, leaf in leaves.items() if leaf["non_finite"]]
         if bad:
             raise InputError(
@@ -221,6 +222,11 @@ class Checkpoints:
                 f"{len(bad)} arrays, {bad[0]} the first; it is not saved: start again from the "
                 "checkpoint before, with a lower learning rate if it happens again"
             )
+        return {
+            "step": step, "leaves": leaves, "data": data,
+            "config_sha256": hashlib.sha256(_canonical(self._config)).hexdigest(),
+            "versions": _versions(),
+        }
 
     @contextlib.contextmanager
     def _explain_failed_save(self) -> Iterator[None]:
@@ -334,10 +340,13 @@ def _chunked(path: tuple, _) -> ocp.SaveArgs:
 def explained(failure: str, remedy: str) -> Iterator[None]:
     """Turn what Orbax and TensorStore raise of disks and damaged files into an InputError.
 
-    They raise OSError, ValueError, JSONDecodeError (a ValueError) and Exception itself.
+    They raise OSError, ValueError, JSONDecodeError (a ValueError) and Exception itself. An
+    InputError stays as it is.
     """
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
             raise
