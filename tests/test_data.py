@@ -588,6 +588,18 @@ def test_missing_sources_are_refused(source, record_property):
     record_property(B12, 1)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(("key", "message"), [
+    ("source", "^data.source: expected a file.* does not exist"),
+    ("tokenizer", "^data.tokenizer: cannot read .*null byte; check the path"),
+])
+def test_a_path_with_a_zero_byte_is_refused(config, key, message, tmp_path, record_property):
+    changed = dataclasses.replace(config, **{key: "a\0b"})
+    with pytest.raises(InputError, match=message):
+        prepare_corpus(changed, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+    record_property(B12, 1)
+
+
 def test_unreadable_files_are_refused(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
