@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.run_config import check_known
+from dsv4_jax.run_config import check_known, is_misspelling
 
 BAD_INPUT = 2
 CONFIG = "config"  # the flag of a config file; its keys are flags --config.section.key
@@ -83,9 +83,12 @@ def read_config_file(value: str) -> ConfigDict:
     try:
         functions = runpy.run_path(path)
         config = functions["get_config"](*argument) if "get_config" in functions else None
-    except Exception as error:  # a program of the user's: whatever it raises, it is bad input
+        if isinstance(config, ConfigDict):
+            config.lock()  # as config_flags does; fails on frozen ones and required placeholders
+    except (Exception, SystemExit) as error:  # the user's: whatever it raises, it is bad input
+        line = _line_of(error, path)
         raise InputError(
-            f"{path}:{_line_of(error, path)}: expected a config file that runs, got "
+            f"{path}{'' if line is None else f':{line}'}: expected a config file that runs, got "
             f"{type(error).__name__}: {error}; mend the file"
         ) from error
     if not isinstance(config, ConfigDict):
@@ -115,7 +118,9 @@ def _parse(argv: list[str]) -> list[str]:
         _refuse(error)
     except flags.IllegalFlagValueError as error:
         _refuse(_explain_value(error, config))
-    except flags.Error as error:
+    except flags.UnrecognizedFlagError as error:
+        _refuse(_explain_unknown(error))
+    except (flags.Error, ValueError) as error:  # ValueError: --noflag has got a value
         _refuse(f"{error}; see --help")
     if len(rest) > 1:
         _refuse(f"expected flags only, got {rest[1]!r}; write --flag=value")
@@ -152,6 +157,14 @@ def _check_key(key: str, config: ConfigDict) -> None:
             )
         check_known(prefix, [part], node)
         prefix, node = f"{prefix}{part}.", node[part]
+
+
+def _explain_unknown(error: flags.UnrecognizedFlagError) -> str:
+    """Suggest a key of the config for a flag whose first part is a misspelt --config."""
+    name, dot, key = error.flagname.partition(".")
+    if dot and is_misspelling(name, CONFIG):
+        return f"Unknown command line flag {error.flagname!r}; did you mean --{CONFIG}.{key}?"
+    return f"{error}; see --help"
 
 
 def _explain_value(error: flags.IllegalFlagValueError, config: ConfigDict | None) -> str:

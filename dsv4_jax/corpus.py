@@ -179,7 +179,9 @@ def _text_of_line(line: bytes, place: str, text_field: str) -> str:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: expected a JSON object, got {error}; mend the line") from error
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+        is_object = isinstance(record, dict)
+        # Of repr's form, as keys may have line ends.
+        found = repr(", ".join(sorted(record)))[1:-1] if is_object else type(record).__name__
         raise InputError(
             f'{place}: expected an object with a string "{text_field}", got {found[:80] or "none"};'
             " name the right key as text_field"

@@ -170,7 +170,10 @@ def make_train_iterator(
     pieces = grain.MapDataset.source(Pieces(corpus.train, config.seq_len))
     endless = pieces.seed(config.seed).shuffle().repeat()
     batches = pack(endless, seq_len=config.seq_len, seed=config.seed).batch(config.batch_size)
+    specification = corpus.tokenizer.specification.encode()
     identity = {
+        # First: another tokenizer makes other tokens, too.
+        "data.tokenizer (SHA-256 of its specification)": hashlib.sha256(specification).hexdigest(),
         "data.source (SHA-256 of its tokens)": hashlib.sha256(corpus.train.tokens).hexdigest(),
         "data.seq_len": config.seq_len,
         "data.seed": config.seed,

@@ -19,6 +19,8 @@ from dsv4_jax.config import (
 )
 from dsv4_jax.errors import InputError
 
+LARGEST = 2**31 - 1  # of sizes and counts, which are int32 in compiled programs
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -196,6 +198,7 @@ class RunConfig:
         }
 
     def __post_init__(self):
+        _check_sizes(self)
         rows, parts = self.data.batch_size, self.train.accumulation
         context = self.model.max_position_embeddings
         rules = (
@@ -253,9 +256,43 @@ def check_known(prefix: str, given: Iterable[str], known: Iterable[str]) -> None
     """Raise an InputError for the first given key that is not known, with the closest known."""
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+            close = _closest(str(key), list(known))
+            hint = f"did you mean {prefix}{close}?" if close else f"known: {', '.join(known)}"
             raise InputError(f"{prefix}{key}: expected a known key, got an unknown one; {hint}")
+
+
+def is_misspelling(text: str, other: str) -> bool:
+    """Say whether at most two letters inserted, deleted or replaced make one text the other."""
+    return abs(len(text) - len(other)) <= 2 and _edits(text, other) <= 2
+
+
+def _closest(key: str, known: list[str]) -> str | None:
+    """Return the known key of which this is a misspelling, or one that has much in common."""
+    # difflib alone finds no short key of which one letter is left.
+    misspelt = [name for name in known if is_misspelling(key, name)]
+    if misspelt:
+        return min(misspelt, key=lambda name: _edits(key, name))
+    return next(iter(difflib.get_close_matches(key, known, n=1)), None)
+
+
+def _edits(text: str, other: str) -> int:
+    """Return the Levenshtein distance of two texts."""
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(text, start=1):
+        above, row = row, [i]
+        for j, wanted in enumerate(other):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (letter != wanted)))
+    return row[-1]
+
+
+def _check_sizes(config: RunConfig) -> None:
+    """Raise an InputError for the first whole number, seeds aside, that JAX would not take."""
+    for section, kind in _SECTIONS.items():
+        for name, field in _fields(kind).items():
+            value = getattr(getattr(config, section), name)
+            is_size = field.type == "int" and name not in ("seed", "hash_seed")
+            if is_size and value > LARGEST:
+                raise InputError(f"{section}.{name}: expected at most 2^31 - 1, got {value}")
 
 
 def _check_rules(config, *rules: tuple[str, bool, str]) -> None:

@@ -197,7 +197,7 @@ def load_tokenizer(path: str | Path, *, vocab_size: int) -> Tokenizer:
     """
     try:
         specification = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a zero byte
         raise InputError(f"data.tokenizer: cannot read {path}: {error}; check the path") from error
     tokenizer = Tokenizer(specification, str(path))
     if tokenizer.vocab_size > vocab_size:

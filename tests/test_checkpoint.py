@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
+import json
 import shutil
 import time
 
@@ -14,7 +16,9 @@ import pytest
 from faults import small_files_only
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_same_run
+from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_leaves, check_same_run
+from dsv4_jax.checksum import fingerprints
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import InputError
 from dsv4_jax.sharding import make_mesh
 
@@ -22,8 +26,12 @@ from dsv4_jax.sharding import make_mesh
 # are told to nobody, sooner or later.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+MODEL = ModelConfig(
+    vocab_size=300, hidden_size=16, layer_types=("window", "csa"), moe_types=("hash", "learned"),
+    num_attention_heads=8,
+)
 CONFIG = {
-    "model": {"vocab_size": 300, "layer_types": ["window", "csa"]},
+    "model": json.loads(json.dumps(dataclasses.asdict(MODEL))),
     "runtime": {"dtype": "float32"},
     "data": {
         "source": "stdlib", "text_field": "text", "tokenizer": None, "seq_len": 32,
@@ -33,6 +41,7 @@ CONFIG = {
     "train": {"steps": 10},
     "mesh": {"data": 1},
 }
+F11 = "F11: a config that is not that of the checkpoint, refused by name"
 PLACE = {"identity": {"seed": 0}, "batches": {"next": [3, None, -1]}}
 
 
@@ -183,14 +192,87 @@ def test_another_run_is_refused_and_leaves_the_checkpoint(saved):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("key", [*FIXED_KEYS[1:], "model.vocab_size", "model.layer_types"])
-def test_every_key_that_shapes_a_run_is_fixed(key):
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "key", [*FIXED_KEYS[1:], *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig))]
+)
+def test_every_key_that_shapes_a_run_is_fixed(key, record_property):
     section, _, name = key.partition(".")
     other = copy.deepcopy(CONFIG)
     other[section][name] = "other"
-    with pytest.raises(InputError, match=rf"config\.{key}: .*got 'other'") as caught:
+    with pytest.raises(InputError, match=rf"^config\.{key}: .*got 'other'; set it") as caught:
         check_same_run(CONFIG, other, "here")
     assert "\n" not in str(caught.value)
+    record_property(F11, 1)
+
+
+SAVED = {"weight": "float32[256, 256]", "table": "int32[4, 3]", "step": "int32[]"}
+OTHER_LEAVES = [  # name, dtype and shape that a config asks for, or None for no such leaf
+    ("weight", "bfloat16", (256, 256)), ("weight", "float16", (256, 256)),
+    ("weight", "int32", (256, 256)), ("table", "int16", (4, 3)), ("table", "uint32", (4, 3)),
+    ("table", "float32", (4, 3)), ("step", "float32", ()), ("step", "bool", ()),
+    ("table", "int32", (3, 4)), ("table", "int32", (12,)), ("table", "int32", (5, 3)),
+    ("weight", "float32", (256, 0)), ("weight", "float32", (1, 256, 256)), ("step", "int32", (1,)),
+    ("weight", None, None), ("table", None, None), ("step", None, None),
+    ("bias", "float32", (256,)), ("a", "int32", ()), ("weights", "float32", (256, 256)),
+]
+
+
+def with_leaf(state: dict, name: str, dtype: str | None, shape: tuple | None) -> dict:
+    """Return the shapes of a state in which one leaf is another one, or left out."""
+    shapes = shapes_of(state)
+    if dtype is None:
+        del shapes[name]
+        return shapes
+    leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=state["step"].sharding)
+    return shapes | {name: leaf}
+
+
+def told_of(name: str, dtype: str | None, shape: tuple | None, where: str) -> str:
+    got = "nothing" if dtype is None else f"{dtype}{list(shape)}"
+    return (
+        f"{name}: expected {SAVED.get(name, 'nothing')}, as in the checkpoint {where}, got {got} "
+        "by the config; set it back or choose another --workdir"
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("name", "dtype", "shape"), OTHER_LEAVES)
+def test_other_leaves_are_refused(name, dtype, shape, record_property):
+    state = new_state(3)
+    leaves = fingerprints(state)
+    check_leaves(leaves, shapes_of(state), "here")
+    with pytest.raises(InputError) as caught:
+        check_leaves(leaves, with_leaf(state, name, dtype, shape), "here")
+    assert str(caught.value) == told_of(name, dtype, shape, "here")
+    record_property(F11, 1)
+
+
+@pytest.mark.faults
+def test_a_leaf_below_others_is_named_by_its_path(record_property):
+    state = {"params": {"layers": [new_state(1), new_state(2)]}}
+    other = shapes_of(state)
+    other["params"]["layers"][1] = with_leaf(new_state(2), "table", "int32", (4, 4))
+    with pytest.raises(InputError, match=r"^params/layers/1/table: expected int32\[4, 3\], as"):
+        check_leaves(fingerprints(state), other, "here")
+    record_property(F11, 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("name", "dtype", "shape"), [
+    ("weight", "bfloat16", (256, 256)), ("table", "int32", (3, 4)), ("weight", None, None),
+    ("bias", "float32", (256,)),
+])
+def test_other_leaves_are_not_restored(name, dtype, shape, saved, record_property):
+    """Orbax alone would cast the first."""
+    expected, checkpoints = new_state(3), opened(saved)
+    with pytest.raises(InputError) as caught:
+        checkpoints.restore(with_leaf(expected, name, dtype, shape))
+    assert str(caught.value) == told_of(name, dtype, shape, str(saved / "checkpoints" / "3"))
+    state, _ = checkpoints.restore(shapes_of(expected))  # nothing is lost by the attempt
+    checkpoints.close()
+    assert_same(state, expected)
+    record_property(F11, 1)
 
 
 @pytest.mark.parametrize("key", [

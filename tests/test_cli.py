@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import runpy
 import subprocess
@@ -15,6 +16,8 @@ from absl.testing import flagsaver
 from dsv4_jax import cli
 
 ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny.py"
+B11 = "B11: bad command lines, refused in one line"  # name of the count of cases
 CONFIG = f"""
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -96,8 +99,20 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
         assert part in error
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("argument", "parts"), [
-    ("--conifg=x", ["Unknown command line flag 'conifg'", "--help"]),
+    ("--conifg=x", ["Unknown command line flag 'conifg'", "Did you mean: config ?", "--help"]),
+    ("--workdr=x", ["Unknown command line flag 'workdr'", "Did you mean: workdir ?", "--help"]),
+    ("--zzz=x", ["Unknown command line flag 'zzz'", "--help"]),
+    ("--confg.train.steps=3", ["flag 'confg.train.steps'; did you mean --config.train.steps?"]),
+    ("--configs.train.steps=3", ["flag 'configs.train.steps'; did you mean --config.train.steps?"]),
+    ("--noconfig.train.steps", ["'noconfig.train.steps'; did you mean --config.train.steps?"]),
+    ("--noconfig.runtime.remat=1", ["--noconfig.runtime.remat=1 does not take an argument"]),
+    ("--flagfile=/no/such", ["Unable to open flagfile", "/no/such"]),
+    ("--verbosity=loud", ["flag --verbosity=loud: "]),
+    ("--config.", ["--config.: expected a known key", "known: "]),
+    ("--config..train.steps=3", ["--config.: expected a known key", "known: "]),
+    ("--config.train.steps[0]=3", ["did you mean --config.train.steps?"]),
     ("--config.optimiser.name=adamw", ["--config.optimiser: ", "did you mean --config.optimizer?"]),
     ("--config.train.step=3", ["--config.train.step: ", "did you mean --config.train.steps?"]),
     ("--config.train.zzz=3", ["--config.train.zzz: ", "known: ", "eval_every"]),
@@ -110,6 +125,10 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("--config.optimizer.learning_rate=a:b", ["learning_rate: expected float, got 'a:b'"]),
     ("--config.train={}x", ["--config.train: expected ConfigDict, got '{}x'"]),
     ("--config.train={'steps': 3}", ["train.eval_every: expected int, got nothing"]),
+    ("--config.model.vocab_size=1" + 20 * "0", ["model.vocab_size: expected at most 2^31 - 1"]),
+    ("--config.model.layer_types=()", ["model.layer_types: expected at least one layer"]),
+    ("--config.model={}", ["model.vocab_size: expected int, got nothing"]),
+    ("--config.data=None", ["--config.data: expected ConfigDict, got 'None'"]),
     ("--config.train.steps=0", ["train.steps: expected at least 1, got 0"]),
     ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate: ", "got nan"]),
     ("--config.optimizer.learning_rate=inf", ["optimizer.learning_rate: ", "got inf"]),
@@ -123,12 +142,63 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("--config.model.vocab_size=200", ["model.vocab_size: expected at least 258", "got 200"]),
     ("extra", ["expected flags only, got 'extra'"]),
 ])
-def test_a_bad_argument_is_refused_in_one_line(command, config_file, tmp_path, argument, parts):
+def test_a_bad_argument_is_refused_in_one_line(
+    command, config_file, tmp_path, argument, parts, record_property
+):
     workdir = tmp_path / "run"
     outcome = command(f"--config={config_file}", f"--workdir={workdir}", argument)
     assert_refused(outcome, *parts)
+    record_property(B11, 1)
 
 
+VALUES = runpy.run_path(str(TINY))["get_config"]().to_dict()  # by section, all keys there are
+KEYS = [(section, name) for section, values in VALUES.items() for name in values]
+CHOSEN = [  # keys of names, and of texts that may not be empty
+    *(f"runtime.{name}" for name in ("dtype", "csa", "moe", "cache")), "optimizer.name",
+    "optimizer.muon_dtype", "data.source", "data.text_field", "data.tokenizer",
+]
+
+
+def bad_values(section: str, name: str) -> list[tuple]:
+    """List what a key of a number, flag or name refuses, each as (key, value, parts of why)."""
+    key, kind = f"{section}.{name}", type(VALUES[section][name])
+    numbers = {int: (-1, 2**32), float: (-1.0, math.nan, math.inf)}.get(kind, ())
+    bad = [(key, number, [f"train.py: {key}: expected ", f", got {number}"]) for number in numbers]
+    if kind in (int, float, bool):
+        expected = f"train.py: --config.{key}: expected {kind.__name__}, got 'many'"
+        bad.append((key, "many", [expected]))
+    if kind is tuple:
+        bad.append((key, "3", [f"train.py: {key}: expected tuple[str, ...], got (3,)"]))
+    if key in CHOSEN:
+        bad.append((key, "", [f"train.py: {key}: expected ", ", got ''"]))
+    return bad
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("key", "value", "parts"), [bad for section, name in KEYS for bad in bad_values(section, name)]
+)
+def test_every_key_refuses_bad_values(command, tmp_path, key, value, parts, record_property):
+    outcome = command(f"--config={TINY}", f"--workdir={tmp_path}", f"--config.{key}={value}")
+    assert_refused(outcome, *parts)
+    assert not any(tmp_path.iterdir())
+    record_property(B11, 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("section", "name"), [*KEYS, *((None, section) for section in VALUES)])
+def test_every_misspelt_key_gets_a_suggestion(command, tmp_path, section, name, record_property):
+    prefix, below = f"--config.{section}." if section else "--config.", "" if section else ".x"
+    for misspelt in (f"{name}{name[-1]}", f"{name[0]}{name}{name[-1]}"):  # one edit, two
+        argument = f"{prefix}{misspelt}{below}=1"
+        outcome = command(f"--config={TINY}", f"--workdir={tmp_path}", argument)
+        assert_refused(
+            outcome, f"{prefix}{misspelt}: expected a known key", f"did you mean {prefix}{name}?"
+        )
+    record_property(B11, 2)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(("content", "parts"), [
     ("this is no Python\n", [":1: ", "SyntaxError"]),
     ("x = 1\n", ["a function get_config()", "got none"]),
@@ -146,45 +216,81 @@ def test_a_bad_argument_is_refused_in_one_line(command, config_file, tmp_path, a
         "    return ConfigDict({'modle': {}})\n",
         ["modle: ", "did you mean model?"],
     ),
+    (
+        "from ml_collections import ConfigDict\n\ndef get_config():\n"
+        "    return ConfigDict({1: 2})\n",
+        ["1: expected a known key", "known: model"],
+    ),
+    (
+        "from ml_collections import FrozenConfigDict\n\ndef get_config():\n"
+        "    return FrozenConfigDict({'model': {}})\n",
+        ["config.py: expected a config file that runs", "FrozenConfigDict is immutable"],
+    ),
+    (
+        "from ml_collections import ConfigDict, config_dict\n\ndef get_config():\n"
+        "    return ConfigDict({'train': {'steps': config_dict.required_placeholder(int)}})\n",
+        ["config.py: expected a config file that runs", "RequiredValueError"],
+    ),
+    ("import sys\nsys.exit(3)\n", [":2: expected a config file that runs", "SystemExit: 3"]),
+    ("get_config = 5\n", ["config.py: expected a config file that runs", "not callable"]),
     ("\0\1", ["expected a config file that runs"]),
 ])
-def test_a_bad_config_file_is_refused_in_one_line(command, tmp_path, content, parts):
+def test_a_bad_config_file_is_refused_in_one_line(
+    command, tmp_path, content, parts, record_property
+):
     path = tmp_path / "config.py"
     path.write_text(content)
     assert_refused(command(f"--config={path}", f"--workdir={tmp_path / 'run'}"), *parts)
+    record_property(B11, 1)
 
 
-def test_a_missing_config_file_is_refused(command, tmp_path):
-    for path in (tmp_path / "none.py", tmp_path, "", 300 * "x"):
+@pytest.mark.faults
+def test_a_missing_config_file_is_refused(command, tmp_path, record_property):
+    paths = tmp_path / "none.py", tmp_path, "", 300 * "x"
+    for path in paths:
         assert_refused(
             command(f"--config={path}", f"--workdir={tmp_path}"), "--config: ", repr(str(path))
         )
+    record_property(B11, len(paths))
 
 
-def test_missing_flags_are_named(command, config_file, tmp_path):
+@pytest.mark.faults
+def test_missing_flags_are_named(command, config_file, tmp_path, record_property):
     assert_refused(command(f"--workdir={tmp_path}"), "--config: expected a value", "configs/")
     assert_refused(command(f"--config={config_file}"), "--workdir: expected a value", "folder")
     assert_refused(command(f"--config={config_file}", "--workdir="), "--workdir: expected a value")
     assert_refused(command("--config.train.steps=3"), "expected --config=FILE before it")
     assert_refused(command("--config.train.steps=3", f"--config={config_file}"), "put it first")
+    record_property(B11, 5)
 
 
-def test_a_workdir_that_cannot_be_written_is_refused(command, config_file, tmp_path):
+@pytest.mark.faults
+def test_a_workdir_that_cannot_be_written_is_refused(
+    command, config_file, tmp_path, record_property
+):
     (tmp_path / "file").write_text("mine")
-    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+    workdirs = (
+        tmp_path / "file", tmp_path / "file" / "below", "/proc/none", "/dev/null/none",
+        tmp_path / (300 * "x"),
+    )
+    for workdir in workdirs:
         assert_refused(
             command(f"--config={config_file}", f"--workdir={workdir}"),
             "workdir: ", str(workdir), "choose",
         )
     assert (tmp_path / "file").read_text() == "mine"
+    record_property(B11, len(workdirs))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("name", "content", "parts"), [
     ("empty.txt", b"", ["data.source: ", "empty.txt"]),
     ("latin.txt", b"caf\xe9 " * 50, ["latin.txt: expected UTF-8", "0xe9 at offset 3"]),
     ("bad.jsonl", b'{"text": "a"}\n{"text": 5}\n', ["bad.jsonl:2: ", '"text"']),
 ])
-def test_bad_data_is_refused(command, config_file, tmp_path, name, content, parts):
+def test_bad_data_is_refused(
+    command, config_file, tmp_path, name, content, parts, record_property
+):
     source = tmp_path / name
     source.write_bytes(content)
     assert_refused(
@@ -194,6 +300,7 @@ def test_bad_data_is_refused(command, config_file, tmp_path, name, content, part
         ),
         *parts,
     )
+    record_property(B11, 1)
 
 
 def test_overrides_reach_the_config(command, launcher, config_file, tmp_path):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gzip
+import itertools
 import json
 import random
+import re
+import shutil
 
 import grain
 import numpy as np
@@ -23,11 +27,18 @@ from dsv4_jax.data import (
     pack,
     prepare_corpus,
 )
+from dsv4_jax.errors import InputError
 from dsv4_jax.run_config import DataConfig
+from dsv4_jax.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 300
 SEQ_LEN = 16
-EPOCHS = 3  # that the resume tests go through
+EPOCHS = 8  # that the resume tests go through
+RESUMED = 301  # batches, of the first, before each of which a run is resumed
+B12 = "B12: bad data, refused in one line or cut"  # names of counts of cases
+F4 = "F4: resumed, all batches are those of a stream without an end"
+F10 = "F10: resumed by another number of hosts, the same global batches"
+F11 = "F11: a config that is not that of the checkpoint, refused by name"
 
 
 @pytest.fixture(scope="module")
@@ -186,23 +197,27 @@ def test_other_seed_other_stream(stream, corpus, config):
     assert segments(take(make_train_iterator(corpus, other), 2)) != segments(stream[0][:2])
 
 
-def test_resume_at_every_batch(stream, corpus, config):
+@pytest.mark.faults
+def test_resume_at_every_batch(stream, corpus, config, record_property):
     batches, states = stream
     iterator = make_train_iterator(corpus, config)
     ahead = 9  # batches that are compared after each resume: more than one group of packed rows
-    for step, state in enumerate(states):
+    assert len(batches) >= RESUMED + ahead
+    assert RESUMED > 2 * batches_per_epoch(corpus, config)  # so that ends of epochs are among them
+    for step, state in enumerate(states[:RESUMED]):
         iterator.set_state(json.loads(json.dumps(state)))
-        expected = batches[step : step + ahead]
-        assert_same(take(iterator, len(expected)), expected)
+        assert_same(take(iterator, ahead), batches[step : step + ahead])
+    record_property(F4, RESUMED)
 
 
-def test_resume_of_a_resume(stream, corpus, config):
+@pytest.mark.faults
+def test_resume_of_a_resume(stream, corpus, config, record_property):
     batches, states = stream
-    choose = random.Random(0)
-    for _ in range(10):
-        step = choose.randrange(len(batches) // 2)
+    choose, chains = random.Random(0), 50
+    for number in range(chains):
+        step = choose.randrange(RESUMED)
         state = states[step]
-        for _ in range(3):
+        for _ in range(1 + 2 + number % 2):  # the first, and two or three in a row after it
             iterator = make_train_iterator(corpus, config)
             iterator.set_state(state)
             assert iterator.get_state() == state
@@ -210,6 +225,7 @@ def test_resume_of_a_resume(stream, corpus, config):
             assert_same(take(iterator, count), batches[step : step + count])
             step, state = step + count, iterator.get_state()
             assert state == states[step]
+    record_property(F4, chains)
 
 
 def test_resume_through_orbax(stream, corpus, config, tmp_path):
@@ -243,14 +259,42 @@ def test_global_batches_do_not_depend_on_the_hosts(stream, corpus, config, hosts
         assert iterator.get_state() == states[count]  # so hosts may also change on a resume
         iterator.set_state(states[resumed_at])
         assert_same(take(iterator, count - resumed_at), shards[-1][resumed_at:])
-    joined = [
+    assert_same(joined(shards), batches[:count])
+
+
+def joined(shards: list[list]) -> list:
+    """Join the parts that hosts have of the same batches."""
+    return [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*shards, strict=True)
     ]
-    assert_same(joined, batches[:count])
 
 
-def test_a_state_of_other_data_is_refused(stream, corpus, config):
+@pytest.mark.faults
+@pytest.mark.parametrize(("before", "after"), [*itertools.permutations([1, 2, 4, 8], 2)])
+def test_another_number_of_hosts_goes_on(stream, corpus, config, before, after, record_property):
+    batches, _ = stream
+    saved_at, ahead = batches_per_epoch(corpus, config) - 5, 10  # across the end of an epoch
+
+    def hosts(count):
+        return [
+            make_train_iterator(corpus, config, shard_index=host, shard_count=count)
+            for host in range(count)
+        ]
+
+    savers, resumed = hosts(before), hosts(after)
+    assert_same(joined([take(host, saved_at) for host in savers]), batches[:saved_at])
+    states = [json.dumps(host.get_state()) for host in savers]
+    assert len(set(states)) == 1
+    for host in resumed:
+        host.set_state(json.loads(states[0]))
+    expected = batches[saved_at : saved_at + ahead]
+    assert_same(joined([take(host, ahead) for host in resumed]), expected)
+    record_property(F10, 1)
+
+
+@pytest.mark.faults
+def test_a_state_of_other_data_is_refused(stream, corpus, config, record_property):
     state = stream[1][4]
     for name, change in (("data.seed", {"seed": 4}), ("data.seq_len", {"seq_len": 32})):
         iterator = make_train_iterator(corpus, dataclasses.replace(config, **change))
@@ -259,6 +303,93 @@ def test_a_state_of_other_data_is_refused(stream, corpus, config):
     other = dataclasses.replace(corpus, train=corpus.train[1:])
     with pytest.raises(ValueError, match="data.source .*: expected .* as in the checkpoint"):
         make_train_iterator(other, config).set_state(state)
+    record_property(F11, 3)
+
+
+@pytest.mark.faults
+def test_another_tokenizer_is_named_before_its_tokens(
+    stream, corpus, config, tmp_path, record_property
+):
+    """A tokenizer trained on other text, one of other size, and one whose tokens are the same."""
+    state = json.loads(json.dumps(stream[1][4]))
+    names = list(state["identity"])
+    assert names[0] == "data.tokenizer (SHA-256 of its specification)"
+    specification = corpus.tokenizer.specification
+    others = [
+        train_tokenizer(["other text"], vocab_size=VOCAB_SIZE).specification,
+        train_tokenizer(["other text"], vocab_size=258).specification,
+        json.dumps(json.loads(specification), indent=3),
+    ]
+    for number, other in enumerate(others):
+        path = tmp_path / f"{number}.json"
+        path.write_text(other, encoding="utf-8")
+        changed = prepare_corpus(
+            dataclasses.replace(config, tokenizer=str(path)),
+            vocab_size=VOCAB_SIZE, workdir=tmp_path,
+        )
+        with pytest.raises(InputError, match=f"^{re.escape(names[0])}: expected .*, got .*; resu"):
+            make_train_iterator(changed, config).set_state(state)
+    record_property(F11, len(others))
+
+
+def append(folder):
+    with open(folder / "0" / "7.txt", "a", encoding="utf-8") as file:
+        file.write("more")
+
+
+# What may happen to the source between a checkpoint and the resume.
+CHANGES = {
+    "a file grows": append,
+    "a file is emptied": lambda folder: (folder / "0" / "7.txt").write_bytes(b""),
+    "a letter changes": lambda folder: (folder / "0" / "7.txt").write_bytes(b"x"),
+    "a file is gone": lambda folder: (folder / "0" / "7.txt").unlink(),
+    "a folder is gone": lambda folder: shutil.rmtree(folder / "0"),
+    "files are new": lambda folder: [
+        (folder / f"new{number}").write_bytes(b"new text") for number in range(9)
+    ],
+    "a file comes earlier": lambda folder: (folder / "6").rename(folder / "!6"),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_source_changed_since_the_checkpoint_is_refused(
+    change, folder, config, tmp_path, record_property
+):
+    source, workdir = tmp_path / "texts", tmp_path / "run"
+    shutil.copytree(folder, source)
+    config = dataclasses.replace(config, source=str(source))
+
+    def iterator():
+        corpus = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=workdir)
+        return make_train_iterator(corpus, config)
+
+    first = iterator()
+    take(first, 3)
+    iterator().set_state(first.get_state())
+    change(source)
+    with pytest.raises(InputError, match="data.source .*: expected .*; resume with the same data"):
+        iterator().set_state(first.get_state())
+    record_property(B12, 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("characters", [13, 14, 15, 16, 29, 30, 31, 1000])
+def test_a_document_longer_than_a_row_is_cut(tmp_path, characters, record_property):
+    """With BOS and EOS, and one token in each of two pieces, around one, two and many rows."""
+    for name, text in (("a", characters * "漢"), ("b", "x")):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    config = DataConfig(source=str(tmp_path), seq_len=SEQ_LEN, batch_size=8)
+    corpus = prepare_corpus(config, vocab_size=258, workdir=tmp_path / "run")
+    documents = each_document(corpus.train) + each_document(corpus.held_out)
+    assert {len(document) for document in documents} == {3 * characters + 2, 3}
+    for part in (corpus.train, corpus.held_out):
+        pieces = all_pieces(part, SEQ_LEN)
+        assert max(map(len, pieces)) <= SEQ_LEN
+        assert bigrams(pieces) == bigrams(each_document(part))
+    batch = next(make_train_iterator(corpus, config))
+    assert batch["tokens"].shape == (8, SEQ_LEN)
+    record_property(B12, 1)
 
 
 def test_hosts_must_divide_the_batch(corpus, config):
@@ -286,11 +417,7 @@ def test_held_out_rows_of_hosts(corpus, config):
     halves = [
         held_out_batches(corpus, config, rows=6, shard_index=i, shard_count=2) for i in range(2)
     ]
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*halves, strict=True)
-    ]
-    assert_same(joined, whole)
+    assert_same(joined(halves), whole)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100, 101, 102, 103, 10**6])
@@ -387,21 +514,90 @@ BAD_SOURCES = {
     "no string": ("a.jsonl", b'{"text": 1}', 'string "text", got text'),
     "surrogate": ("a.jsonl", rb'{"text": "\ud800"}', "a.jsonl:1: .* half of a surrogate pair"),
     "bad UTF-8 in a line": ("a.jsonl", b"\n\xff", "a.jsonl:2: .* byte 0xff at offset 0"),
+    # Text that is no UTF-8
+    "stray continuation": ("a.txt", b"ab\x80", "got byte 0x80 at offset 2"),
+    "too long a form": ("a.txt", b"\xc0\xaf", "got byte 0xc0 at offset 0"),
+    "a surrogate's form": ("a.txt", b"a\xed\xa0\x80", "got byte 0xed at offset 1"),
+    "above U+10FFFF": ("a.txt", b"\xf4\x90\x80\x80", "got byte 0xf4 at offset 0"),
+    "cut emoji": ("a.txt", "a😀".encode()[:-1], "got byte 0xf0 at offset 1"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), "got byte 0xff at offset 0"),
+    "Latin-1": ("a.txt", "naïve".encode("latin-1"), "got byte 0xef at offset 2"),
+    "gzip": ("a.txt.gz", gzip.compress(b"text"), "a.txt.gz: .* got byte 0x8b at offset 1"),
+    "cut character in a line": ("a.jsonl", b'{"text": "\xc3"}', "a.jsonl:1: .* byte 0xc3"),
+    "UTF-16 lines": ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl:1: .* byte 0xff"),
+    # Lines that are no JSON
+    **{
+        name: ("a.jsonl", b'{"text": "x"}\n' + line, "a.jsonl:2: expected a JSON object, got")
+        for name, line in {
+            "a word": b"text",
+            "one brace": b"{",
+            "no quotes": b"{text: 1}",
+            "single quotes": b"{'text': 'x'}",
+            "a comma too many": b'{"text": "x",}',
+            "no colon": b'{"text" "x"}',
+            "no value": b'{"text":}',
+            "an open string": b'{"text": "x}',
+            "an open object": b'{"text": "x"',
+            "two objects": b'{"text": "x"} {"text": "y"}',
+            "carriage returns": b'{"text": "x"}\r{"text": "y"}',
+            "a comment": b'{"text": "x"} // mine',
+            "a tab in a string": b'{"text": "a\tb"}',
+            "a zero byte": b'{"text": "a\0b"}',
+            "an unknown escape": rb'{"text": "\x41"}',
+            "a short escape": rb'{"text": "\u12"}',
+            "a byte order mark": '\ufeff{"text": "x"}'.encode(),
+            "deep objects": b'{"text":' * 100_000,
+            "Python's None": b'{"text": None}',
+        }.items()
+    },
+    # Lines of other things than an object, or with no text in the field
+    **{
+        f"line {line}": ("a.jsonl", line, f'a.jsonl:1: .* a string "text", got {kind};')
+        for line, kind in {
+            b"null": "NoneType", b"true": "bool", b"1.5": "float", b'"text"': "str", b"[]": "list",
+            b"{}": "none", b'{"Text": "x"}': "Text", b'{" text": "x"}': " text",
+            b'{"": "x"}': "none", b'{"text": {"text": "x"}}': "text", b'{"b": 1, "a": 2}': "a, b",
+            b'{"text": null}': "text", b'{"text": false}': "text", b'{"text": 1e999}': "text",
+            b'{"text": NaN}': "text", b'{"text": ["x"]}': "text",
+            rb'{"a\nb": 1}': r"a\\nb", rb'{"\ud800": 1}': r"\\ud800",
+        }.items()
+    },
+    "many keys": ("a.jsonl", json.dumps({f"k{n}": n for n in range(1000)}).encode(), "got k0, k1"),
+    "low surrogate": ("a.jsonl", rb'{"text": "a\udc00"}', "a.jsonl:1: .* half of a surrogate"),
+    "pair reversed": ("a.jsonl", rb'{"text": "\udc00\ud800"}', "a.jsonl:1: .* half of a surro"),
+    "a later bad line": ("a.jsonl", 99 * b'{"text": "x"}\n' + b"{", "a.jsonl:100: expected a JSON"),
+    "one text": ("a.jsonl", 9 * b'{"text": "x"}\n', r"nothing of .* \(9 documents\) is trained"),
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("name", "content", "message"), BAD_SOURCES.values(), ids=BAD_SOURCES)
-def test_bad_sources_are_refused(tmp_path, name, content, message):
+def test_bad_sources_are_refused(tmp_path, name, content, message, record_property):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         read_corpus(str(tmp_path / name), text_field="text", held_out_fraction=0.1)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    record_property(B12, 1)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("source", ["", "absent.txt", "absent/"])
-def test_missing_sources_are_refused(source):
+def test_missing_sources_are_refused(source, record_property):
     with pytest.raises(ValueError, match=f"data.source: expected .* but '{source}' does not exist"):
         read_corpus(source, text_field="text", held_out_fraction=0.1)
+    record_property(B12, 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("key", "message"), [
+    ("source", "^data.source: expected a file.* does not exist"),
+    ("tokenizer", "^data.tokenizer: cannot read .*null byte; check the path"),
+])
+def test_a_path_with_a_zero_byte_is_refused(config, key, message, tmp_path, record_property):
+    changed = dataclasses.replace(config, **{key: "a\0b"})
+    with pytest.raises(InputError, match=message):
+        prepare_corpus(changed, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+    record_property(B12, 1)
 
 
 def test_unreadable_files_are_refused(tmp_path, monkeypatch):
