@@ -240,7 +240,7 @@ def told_of(name: str, dtype: str | None, shape: tuple | None, where: str) -> st
 @pytest.mark.parametrize(("name", "dtype", "shape"), OTHER_LEAVES)
 def test_other_leaves_are_refused(name, dtype, shape, record_property):
     state = new_state(3)
-    leaves = fingerprints(state)
+    leaves = fingerprints(state)()
     check_leaves(leaves, shapes_of(state), "here")
     with pytest.raises(InputError) as caught:
         check_leaves(leaves, with_leaf(state, name, dtype, shape), "here")
@@ -254,7 +254,7 @@ def test_a_leaf_below_others_is_named_by_its_path(record_property):
     other = shapes_of(state)
     other["params"]["layers"][1] = with_leaf(new_state(2), "table", "int32", (4, 4))
     with pytest.raises(InputError, match=r"^params/layers/1/table: expected int32\[4, 3\], as"):
-        check_leaves(fingerprints(state), other, "here")
+        check_leaves(fingerprints(state)(), other, "here")
     record_property(F11, 1)
 
 
