@@ -199,6 +199,16 @@ def test_every_misspelt_key_gets_a_suggestion(command, tmp_path, section, name, 
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(("section", "name"), [key for key in KEYS if len(key[1]) <= 4])
+def test_half_of_a_short_key_is_enough(command, tmp_path, section, name, record_property):
+    misspelt = f"xx{name[2:]}"
+    argument = f"--config.{section}.{misspelt}=1"
+    outcome = command(f"--config={TINY}", f"--workdir={tmp_path}", argument)
+    assert_refused(outcome, f"did you mean --config.{section}.{name}?")
+    record_property(B11, 1)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(("content", "parts"), [
     ("this is no Python\n", [":1: ", "SyntaxError"]),
     ("x = 1\n", ["a function get_config()", "got none"]),
