@@ -316,6 +316,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, compile
         assert difference <= TOLERANCE * max(np.linalg.norm(leaf), floor), name
 
 
+@pytest.mark.heavy
 def test_a_run_on_a_mesh_goes_on_on_another(source, compiled_once, tmp_path):
     """The trainer places states and batches on devices; what they compute, test_sharding says."""
     scores = []
