@@ -115,10 +115,11 @@ class TrainIterator(grain.DatasetIterator):
           InputError: the state was saved with other text, tokenizer, `seq_len` or seed.
         """
         for name, saved in state["identity"].items():
-            if self._identity[name] != saved:
+            now = self._identity.get(name)
+            if now != saved:
                 raise InputError(
-                    f"{name}: expected {saved}, as in the checkpoint, got {self._identity[name]}; "
-                    "resume with the same data or start in a new workdir"
+                    f"{name}: expected {saved}, as in the checkpoint, got {now}; resume with the "
+                    "same data or start in a new workdir"
                 )
         self._batches.set_state(state["batches"])
 
