@@ -102,7 +102,12 @@ def count_flops(fn: Callable, *args, **kwargs) -> Flops:
     Raises:
       ValueError: a primitive has no rule, such as a `while`, whose length is not known.
     """
-    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs).jaxpr
+    return flops_of(jax.make_jaxpr(fn)(*args, **kwargs))
+
+
+def flops_of(jaxpr: core.ClosedJaxpr) -> Flops:
+    """Count the operations of a traced function, as `count_flops` does."""
+    jaxpr = jaxpr.jaxpr
     live, _ = partial_eval.dce_jaxpr(jaxpr, used_outputs=True)
     return _count_jaxpr(live)
 

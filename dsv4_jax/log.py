@@ -34,20 +34,20 @@ class RunLog:
             kept = [(line, record) for line, record in _whole_lines(self._path)
                     if record["step"] <= step]
             write_atomically(self._path, b"".join(line for line, _ in kept))
-        self._kept = [record for _, record in kept if record["step"] == step]
+        self._last = {name: record for _, record in kept for name in record}
         self._board = _Board(workdir / "tensorboard", step + 1)
         with explain_failed_write(self._path):
             self._file = self._path.open("a")
 
-    def known(self, step: int) -> set[str]:
-        """Return the names of what earlier runs have recorded of the step to go on from."""
-        return {name for record in self._kept if record["step"] == step for name in record}
+    def last(self, name: str) -> dict | None:
+        """Return the last record with a metric that earlier runs have left."""
+        return self._last.get(name)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the metrics of a step; JSON has no infinities and NaNs, they are null there."""
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         with explain_failed_write(self._path):
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
             self._file.flush()
         self._board.scalars(step, values)
 

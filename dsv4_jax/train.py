@@ -26,9 +26,12 @@ from dsv4_jax.data import (
 )
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import check_writable, closing, write_atomically
+from dsv4_jax.flops import count_flops, flops_of
 from dsv4_jax.infer import generate
 from dsv4_jax.log import RunLog
 from dsv4_jax.model import param_shapes
+from dsv4_jax.pace import DATA, EVALUATION, SAVING, SPEED, STEP, Pace
+from dsv4_jax.profile import Profiler
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
@@ -54,6 +57,8 @@ class _Run:
     workdir: Path
     mesh: Mesh | None  # None on one device
     corpus: TokenizedCorpus
+    started: float  # when, by time.time()
+    profile_steps: tuple[int, int] | None
 
     def place(self, batch: Batch, rows: int) -> dict[str, jax.Array]:
         """Put this host's part of a batch of so many rows on its devices."""
@@ -66,7 +71,9 @@ class _Run:
         }
 
 
-def train(config: RunConfig, workdir: str | Path) -> TrainState:
+def train(
+    config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None
+) -> TrainState:
     """Train to the end of the run, going on from the newest undamaged checkpoint of the workdir.
 
     The workdir receives the config, the tokenizer and the encoded text, checkpoints, metrics as
@@ -74,11 +81,13 @@ def train(config: RunConfig, workdir: str | Path) -> TrainState:
 
     SIGTERM and SIGINT end the run after the step that is being taken, with a checkpoint of it.
 
+    Args:
+      profile_steps: the first and the last step of which a trace is written to `profile/`.
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
         batches in a row had a loss or gradient that is not finite.
     """
-    workdir, mesh = Path(workdir), _mesh_of(config)
+    workdir, mesh, started = Path(workdir), _mesh_of(config), time.time()
     check_writable(workdir)
     _announce_model(config, mesh)
     # Opened first: a run that may not go on here is refused before it writes anything else.
@@ -87,7 +96,8 @@ def train(config: RunConfig, workdir: str | Path) -> TrainState:
         patience=config.train.checkpoint_patience,
     )
     with closing(checkpoints):
-        run = _Run(config, workdir, mesh, _read_corpus(config, workdir))
+        corpus = _read_corpus(config, workdir)
+        run = _Run(config, workdir, mesh, corpus, started, profile_steps)
         with StopRequest() as stop:
             state = _train(run, checkpoints, stop)
     if stop:
@@ -144,31 +154,38 @@ def _take_steps(
         return step % every == 0 or step == plan.steps
 
     batch = run.place(next(batches), rows)
-    step_fn = _compile_step(run, state, batch)
+    step_fn, flops = _compile_step(run, state, batch)
     skips = _SkipWatch(plan.most_skips, int(state.skips.total))
-    since, start = first, time.perf_counter()
-    for step in range(first + 1, plan.steps + 1):
-        state, metrics = step_fn(state, batch)
-        # While the devices work: where a resumed run goes on, and the batch that it takes first.
-        place, batch = batches.get_state(), run.place(next(batches), rows)
-        skips.look(step, metrics)
-        if due(plan.log_every):
-            values = {name: float(value) for name, value in metrics.items()}
-            seconds = (time.perf_counter() - start) / (step - since)
-            values["tokens_per_second"] = batch["tokens"].size / seconds
-            say(_step_line(step, plan.steps, values, seconds * (plan.steps - step)))
-            log.metrics(step, values)
-            since, start = step, time.perf_counter()
-        if due(plan.eval_every):
-            evaluation.report(step, state.params)
-            since, start = step, time.perf_counter()
-        ending = bool(stop)
-        if due(plan.checkpoint_every) or ending:
-            # After the log: what a checkpoint covers is neither lost nor logged twice.
-            checkpoints.save(step, state, place)
-        checkpoints.check()
-        if ending:
-            break
+    pace = Pace(log, flops=flops, started=run.started)
+    with closing(Profiler(run.workdir / "profile", run.profile_steps)) as profiler:
+        for step in range(first + 1, plan.steps + 1):
+            profiler.before(step)
+            with pace.phase(STEP):
+                state, metrics = step_fn(state, batch)
+            # While the devices work: where a resumed run goes on, and its first batch.
+            with pace.phase(DATA):
+                place, batch = batches.get_state(), run.place(next(batches), rows)
+            with pace.phase(STEP):
+                skips.look(step, metrics)
+            pace.step()
+            profiler.after(step, metrics)
+            if due(plan.log_every):
+                with pace.phase(STEP):
+                    values = {name: float(value) for name, value in metrics.items()}
+                values |= pace.values(batch["tokens"].size)
+                say(_step_line(step, plan.steps, values))
+                log.metrics(step, values)
+            if due(plan.eval_every):
+                with pace.phase(EVALUATION):
+                    evaluation.report(step, state.params)
+            ending = bool(stop)
+            if due(plan.checkpoint_every) or ending:
+                # After the log: what a checkpoint covers is neither lost nor logged twice.
+                with pace.phase(SAVING):
+                    checkpoints.save(step, state, place)
+            checkpoints.check()
+            if ending:
+                break
     return state
 
 
@@ -201,16 +218,20 @@ class _SkipWatch:
             )
 
 
-def _step_line(step: int, steps: int, values: dict[str, float], seconds_left: float) -> str:
+def _step_line(step: int, steps: int, values: dict[str, float]) -> str:
+    seconds_left = values[f"{SPEED}seconds_per_step"] * (steps - step)
     return (
         f"step {step}/{steps}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
-        f"learning rate {values['learning_rate']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
+        f"learning rate {values['learning_rate']:.2e}  "
+        f"{values[f'{SPEED}tokens_per_second']:,.0f} tokens/s"
         f"  left {duration(seconds_left)}"
     )
 
 
-def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-    """Compile the step for arguments placed as these are.
+def _compile_step(
+    run: _Run, state: TrainState, batch: Batch
+) -> tuple[jax.stages.Compiled, int]:
+    """Compile the step for arguments placed as these are; count its matrix products' operations.
 
     From their description: a fresh state and a restored one differ in what JAX may still move, so
     that they themselves would make two programs, and a run that goes on would compile again.
@@ -224,7 +245,15 @@ def _compile_step(run: _Run, state: TrainState, batch: Batch) -> jax.stages.Comp
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
     )
     with timed("compiling the training step"):
-        return step.lower(*described).compile()
+        traced = step.trace(*described)
+        if run.config.runtime.remat:
+            # What is computed again is no progress.
+            stored = dataclasses.replace(run.config.runtime, remat=False)
+            config = dataclasses.replace(run.config, runtime=stored)
+            flops = count_flops(make_train_step(config, run.mesh), *described)
+        else:
+            flops = flops_of(traced.jaxpr)
+        return traced.lower().compile(), flops.matmul
 
 
 class _Evaluation:
@@ -247,7 +276,8 @@ class _Evaluation:
 
     def has(self, step: int) -> bool:
         """Say whether the log has the score of a step that the run goes on from."""
-        return HELD_OUT in self._log.known(step)
+        last = self._log.last(HELD_OUT)
+        return last is not None and last["step"] == step
 
     def report(self, step: int, params: dict) -> None:
         """Print and log the bits per byte of the held-out text, unless the run is to end."""

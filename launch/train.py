@@ -2,6 +2,8 @@
 
     python launch/train.py --config=configs/tiny.py --workdir=DIR [--config.train.steps=100 ...]
 
+With --profile_steps=10:13 a trace of these steps is written to DIR/profile, for xprof.
+
 The same command again goes on from the newest checkpoint of the workdir.
 """
 
@@ -14,20 +16,23 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsv4_jax import cli
+from dsv4_jax.profile import parse_steps
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for all that the run writes")
+PROFILE = flags.DEFINE_string("profile_steps", None, "steps to trace, as FIRST:LAST")
 
 
 def main() -> None:
     cli.require(CONFIG, WORKDIR)
     config = RunConfig.from_config_dict(CONFIG.value)
+    profile_steps = parse_steps(PROFILE.value, "--profile_steps")
     if jax.config.jax_compilation_cache_dir is None:
         # A run that goes on need not compile again.
         jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value, "compiled")))
-    train(config, WORKDIR.value)
+    train(config, WORKDIR.value, profile_steps=profile_steps)
 
 
 if __name__ == "__main__":

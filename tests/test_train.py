@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dsv4_jax.errors import InputError
 from dsv4_jax.log import RunLog
+from dsv4_jax.pace import SPEED
 from dsv4_jax.params import path_name, split_trainable
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
@@ -75,9 +76,12 @@ class Run:
 
 
 def metrics_of(workdir: Path) -> list[dict]:
-    """Read the metrics, without the one that is a time."""
+    """Read the metrics that do not depend on the clock."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [
+        {name: x for name, x in line.items() if name != "time" and not name.startswith(SPEED)}
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +229,27 @@ def test_a_resumed_run_is_bit_identical_and_logs_no_step_twice(straight, resumed
     assert max(line["step"] for line in cut_off) == CUT_OFF
     assert metrics_of(workdir) == metrics_of(straight.workdir)
     assert (workdir / "sample.txt").read_text() == (straight.workdir / "sample.txt").read_text()
+
+
+def test_time_and_memory_are_logged_over_both_processes(resumed):
+    _, _, workdir, _ = resumed
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    lines = [line for line in lines if "loss" in line]
+    for before, after in zip(lines, lines[1:], strict=False):
+        for name in ("productive_seconds", "elapsed_seconds"):
+            assert after[f"{SPEED}{name}"] > before[f"{SPEED}{name}"]
+    assert 0 < lines[-1][f"{SPEED}goodput"] < 1
+    # The process that was cut off is counted: its compiling took longer than all the steps.
+    assert lines[-1][f"{SPEED}elapsed_seconds"] > 2 * lines[-1][f"{SPEED}productive_seconds"]
+    assert lines[-1][f"{SPEED}teraflops_per_device"] > 0
+
+
+def test_steps_are_traced(config, compiled_once, tmp_path):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(config, tmp_path, profile_steps=(2, 3))
+    assert "trace of steps 2 to 3: " in printed.getvalue()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_the_command_prints_nothing_but_its_own_lines(resumed):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsv4_jax.manifest import MANIFEST_FILE
+from dsv4_jax.pace import SPEED
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,4 +96,7 @@ def metrics_of(workdir: Path) -> Iterator[dict]:
     """Yield the metrics that do not depend on the clock."""
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        yield {name: x for name, x in values.items() if name != "tokens_per_second"}
+        yield {
+            name: x for name, x in values.items()
+            if name != "time" and not name.startswith(SPEED)
+        }
