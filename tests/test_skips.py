@@ -116,7 +116,7 @@ class Spoiler:
         self.step, self.leaf, self.original = step, leaf, training._compile_step
 
     def __call__(self, run, state, batch):
-        program = self.original(run, state, batch)
+        program, flops = self.original(run, state, batch)
 
         def take(state, batch):
             if int(state.step) == self.step - 1:
@@ -129,7 +129,7 @@ class Spoiler:
                 state = state._replace(params=params)
             return program(state, batch)
 
-        return take
+        return take, flops
 
 
 def assert_finite_checkpoints(workdir: Path) -> None:
