@@ -36,6 +36,8 @@ def run_tests(rows: list[str]) -> int:
         str(path) for path in (ROOT / "tests").glob("test_*.py")
         if not rows or any(re.search(rf'"[^"]*\b{row}\b[,:]', path.read_text()) for row in rows)
     )
+    if not tests:
+        sys.exit(f"--only: expected rows that tests name, such as F5, got {', '.join(rows)}")
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = ["pytest", "-q", "-n", "2", "-m", "faults", f"--junitxml={report.name}", *tests]
         status = subprocess.call(
