@@ -9,6 +9,7 @@ Rows are those of the matrix that benchmarks/README.md explains.
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import re
 import resource
@@ -71,6 +72,7 @@ def soak(steps: int) -> None:
     """Run many steps in this process; print how memory, open files and the step's time moved."""
     from training_command import sections_of, write_text
 
+    from dsv4_jax.devices import peak_memory
     from dsv4_jax.log import RunLog
     from dsv4_jax.run_config import RunConfig
     from dsv4_jax.train import train
@@ -86,16 +88,12 @@ def soak(steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = write_text(Path(folder, "text.txt"))
         plan = {"steps": steps, "eval_every": 1000, "checkpoint_every": 250, "log_every": 10}
-        with open(os.devnull, "w") as nowhere:
-            out, sys.stdout = sys.stdout, nowhere
-            try:
-                train(RunConfig.from_config_dict(sections_of(source, **plan)), folder + "/run")
-            finally:
-                sys.stdout = out
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(RunConfig.from_config_dict(sections_of(source, **plan)), folder + "/run")
     print("\n| steps | ms a step since | resident MB | open files |\n|---|---|---|---|")
     for (last, since, *_), (step, now, memory, files) in zip(seen, seen[1:], strict=False):
         print(f"| {step} | {(now - since) / (step - last) * 1e3:.2f} | {memory:.1f} | {files} |")
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+    print(f"peak {peak_memory() / 1e6:.0f} MB")
 
 
 def _resident() -> float:

@@ -190,6 +190,8 @@ class Checkpoints:
         return None, None
 
     def _move_damaged_away(self) -> None:
+        if not self._damaged:
+            return
         for step, reason in self._damaged.items():
             aside = self._folder.with_name(DAMAGED)
             aside.mkdir(exist_ok=True)

@@ -158,10 +158,8 @@ def make_train_step(
         skips = state.skips
         if train.skip_non_finite:
             finite = jnp.isfinite(jnp.dot(weights, jnp.stack(sums[:3]))) & jnp.isfinite(norm)
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (params, opt_state), (state.params, state.opt_state),
-            )
+            params = _select(finite, params, state.params)
+            opt_state = _select(finite, opt_state, state.opt_state)
             skips = Skips(skips.total + ~finite, jnp.where(finite, 0, skips.in_row + 1))
         metrics = {
             "loss": sums.next_token / targets[0],
@@ -176,6 +174,11 @@ def make_train_step(
         return TrainState(state.step + 1, skips, params, opt_state), metrics
 
     return step
+
+
+def _select(condition: Array, new, old):
+    """Return the new tree where the condition holds, else the old one."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def make_evaluation(

@@ -11,10 +11,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from faults import small_files_only
 from jax.sharding import NamedSharding, PartitionSpec
+from saved_states import PLACE, assert_same, new_state, shapes_of
 
 from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_leaves, check_same_run
 from dsv4_jax.checksum import fingerprints
@@ -42,7 +42,6 @@ CONFIG = {
     "mesh": {"data": 1},
 }
 F11 = "F11: a config that is not that of the checkpoint, refused by name"
-PLACE = {"identity": {"seed": 0}, "batches": {"next": [3, None, -1]}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,23 +49,6 @@ def _no_late_answers():
     """Collect them here, so that no other module's tests find them."""
     yield
     gc.collect()
-
-
-def new_state(step: int) -> dict:
-    return {
-        "step": jnp.array(step, jnp.int32),
-        "weight": jax.random.normal(jax.random.key(step), (256, 256)),
-        "table": jnp.arange(12, dtype=jnp.int32).reshape(4, 3),
-    }
-
-
-def shapes_of(state: dict, shardings=None) -> dict:
-    if shardings is None:
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state, shardings,
-    )
 
 
 def opened(workdir, config=CONFIG) -> Checkpoints:
@@ -85,12 +67,6 @@ def saved(tmp_path_factory):
     return workdir
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value)
-        assert found[name].dtype == value.dtype
-
-
 def test_the_newest_state_and_place_come_back(saved):
     checkpoints, expected = opened(saved), new_state(3)
     assert checkpoints.latest_step == 3
@@ -106,7 +82,7 @@ def test_old_checkpoints_are_removed(saved):
 
 def test_a_state_comes_back_onto_another_mesh(saved):
     mesh, expected = make_mesh((1, 4, 1, 2)), new_state(3)
-    specs = {"step": (), "weight": ("fsdp", "tensor"), "table": ("fsdp",)}
+    specs = {"step": (), "weight": ("fsdp", "tensor"), "table": ("fsdp",), "half": ()}
     shardings = {
         name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in specs.items()
     }
@@ -206,7 +182,10 @@ def test_every_key_that_shapes_a_run_is_fixed(key, record_property):
     record_property(F11, 1)
 
 
-SAVED = {"weight": "float32[256, 256]", "table": "int32[4, 3]", "step": "int32[]"}
+SAVED = {
+    "half": "bfloat16[8, 16]", "weight": "float32[256, 256]", "table": "int32[4, 3]",
+    "step": "int32[]",
+}
 OTHER_LEAVES = [  # name, dtype and shape that a config asks for, or None for no such leaf
     ("weight", "bfloat16", (256, 256)), ("weight", "float16", (256, 256)),
     ("weight", "int32", (256, 256)), ("table", "int16", (4, 3)), ("table", "uint32", (4, 3)),

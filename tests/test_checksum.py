@@ -40,10 +40,10 @@ def prints(tree) -> dict[str, str]:
 
 
 def test_host_and_devices_agree(on_devices, monkeypatch):
-    on_devices = fingerprints(TREE)()
+    by_devices = fingerprints(TREE)()
     monkeypatch.undo()
-    assert fingerprints(TREE)() == on_devices
-    assert on_devices["half"]["shape"] == [3, 4, 5] and on_devices["half"]["dtype"] == "bfloat16"
+    assert fingerprints(TREE)() == by_devices
+    assert by_devices["half"]["shape"] == [3, 4, 5] and by_devices["half"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("axes", [("fsdp", "tensor"), ("tensor",), (None, "fsdp"), ()])

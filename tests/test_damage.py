@@ -11,11 +11,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from fault_cases import cases
+from saved_states import PLACE, assert_same, new_state, shapes_of
 
 from dsv4_jax.checkpoint import UNLISTED, Checkpoints, check_checkpoint
 from dsv4_jax.errors import InputError
@@ -23,23 +21,8 @@ from dsv4_jax.manifest import MANIFEST_FILE
 
 pytestmark = pytest.mark.faults
 
-PLACE = {"identity": {"seed": 0}, "batches": {"next": [3]}}
 CONFIG = {"model": {"vocab_size": 300}, "train": {"steps": 10}}
 OPENED = 40  # of the faults, after which the workdir is opened and the state restored
-
-
-def new_state(step: int) -> dict:
-    return {
-        "step": jnp.array(step, jnp.int32),
-        "weight": jax.random.normal(jax.random.key(step), (128, 128)),
-        "half": jnp.ones((8, 16), jnp.bfloat16) * step,
-    }
-
-
-def like(state: dict) -> dict:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
 
 
 def save(workdir: Path, *steps: int) -> None:
@@ -52,12 +35,11 @@ def save(workdir: Path, *steps: int) -> None:
 def restored(workdir: Path) -> dict:
     """Open a workdir and return its state, which must be exactly that of the step it names."""
     checkpoints = Checkpoints(workdir, keep=2, config=CONFIG)
-    state, place = checkpoints.restore(like(new_state(0)))
+    state, place = checkpoints.restore(shapes_of(new_state(0)))
     expected = new_state(checkpoints.latest_step)
     checkpoints.close()
     assert place == PLACE
-    for name, value in expected.items():
-        np.testing.assert_array_equal(state[name], value)
+    assert_same(state, expected)
     return state
 
 

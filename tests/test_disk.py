@@ -6,12 +6,10 @@ import errno
 import os
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from faults import small_files_only
 from orbax.checkpoint import path as orbax_path
+from saved_states import PLACE, assert_same, new_state, shapes_of
 from training_command import committed_steps
 
 from dsv4_jax import manifest
@@ -25,11 +23,6 @@ pytestmark = [
 ]
 
 CONFIG = {"model": {"vocab_size": 300}}
-PLACE = {"identity": {}, "batches": {}}
-
-
-def new_state(step: int) -> dict:
-    return {"weight": jax.random.normal(jax.random.key(step), (256, 256)), "step": jnp.int32(step)}
 
 
 def opened(workdir: Path) -> Checkpoints:
@@ -45,13 +38,9 @@ def save(workdir: Path, step: int) -> None:
 def assert_saved(workdir: Path, step: int) -> None:
     checkpoints, expected = opened(workdir), new_state(step)
     assert checkpoints.latest_step == step
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected
-    )
-    state, _ = checkpoints.restore(like)
+    state, _ = checkpoints.restore(shapes_of(expected))
     checkpoints.close()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(state[name], value)
+    assert_same(state, expected)
 
 
 def fail(code: int):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 from fault_cases import cases
+from saved_states import PLACE, assert_same
 from test_sharding import ROWS, initial_state, packed_batch, run_config
 
 from dsv4_jax import sharding
 from dsv4_jax.checkpoint import Checkpoints
-from dsv4_jax.params import path_name
 from dsv4_jax.sharding import batch_sharding, make_mesh
 from dsv4_jax.train_step import abstract_state, make_evaluation, state_shardings
 
@@ -24,7 +24,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.heavy]
 MESHES = [(1, 2, 2, 2), (8, 1, 1, 1), (2, 1, 1, 2), (1, 4, 1, 1), (1, 1, 2, 1), (2, 1, 1, 1), None]
 ROUNDING = 1e-6  # of the loss: sums over devices in another order
 CONFIG = run_config("sparse")
-PLACE = {"identity": {}, "batches": {}}
 
 
 def mesh_of(sizes):
@@ -64,15 +63,6 @@ def save(workdir, state) -> None:
     checkpoints = Checkpoints(workdir, keep=1, config=CONFIG.to_dict())
     checkpoints.save(1, state, PLACE)
     checkpoints.close()
-
-
-def assert_same(found, expected) -> None:
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    )
-    for (path, a), b in leaves:
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path_name(path))
-        assert a.dtype == b.dtype
 
 
 def test_any_mesh_to_any_other(tmp_path, record_property):

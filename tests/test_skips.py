@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 from fault_cases import cases
+from saved_states import assert_same
 from training_command import committed_steps, result_of, sections_of, write_text
 
 from dsv4_jax import train as training
@@ -64,11 +65,6 @@ def step(config):
         state = train_step.init_state(config)
         batch = {"tokens": np.zeros((4, 32), np.int32)}
         return quick_jit(train_step.make_train_step(config)).lower(state, batch).compile()
-
-
-def assert_same(found, expected) -> None:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_only_good_batches_move_the_state(config, step, record_property):

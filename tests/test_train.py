@@ -6,14 +6,13 @@ import contextlib
 import io
 import json
 import os
-import random
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import training_command
 from faults import small_files_only
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -25,7 +24,6 @@ from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
 from dsv4_jax.train_step import init_state, make_train_step
 
-ROOT = Path(__file__).parents[1]
 STEPS, CHECKPOINT_EVERY, CUT_OFF = 12, 4, 7
 # The same sum in two halves rounds differently: a few float32 units in the last place.
 TOLERANCE = 1e-5
@@ -33,31 +31,16 @@ TOLERANCE = 1e-5
 CANCELLED = 1e-4
 LOSS_FALL = 1.0  # nats, of 5.7: twelve steps learn at least which bytes occur
 
-MODEL = {
-    "vocab_size": 300, "hidden_size": 16, "layer_types": ["csa", "window"],
-    "moe_types": ["hash", "learned"], "num_attention_heads": 2, "head_dim": 8,
-    "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 4,
-    "sliding_window": 8, "csa_ratio": 4, "index_n_heads": 2, "index_head_dim": 8,
-    "index_topk": 4, "yarn_original_positions": 16, "max_position_embeddings": 128,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "hc_mult": 2,
-    "hc_sinkhorn_iters": 3, "num_nextn_predict_layers": 0,
+MODEL = training_command.MODEL | {
+    "layer_types": ["csa", "window"], "moe_types": ["hash", "learned"],
 }
 
 
 def sections_of(source, **train_keys) -> dict:
-    return {
-        "model": MODEL,
-        "runtime": {"csa": "dense"},
-        "data": {"source": str(source), "seq_len": 32, "batch_size": 4, "held_out_fraction": 0.1},
-        "optimizer": {
-            "learning_rate": 3e-2, "end_learning_rate": 1e-3, "warmup_steps": 2,
-            "decay_fraction": 0.3,
-        },
-        "train": {
-            "steps": STEPS, "eval_every": 6, "checkpoint_every": CHECKPOINT_EVERY,
-            "sample_tokens": 8, **train_keys,
-        },
+    plan = {
+        "steps": STEPS, "eval_every": 6, "checkpoint_every": CHECKPOINT_EVERY, "sample_tokens": 8,
     }
+    return {**training_command.sections_of(source, **(plan | train_keys)), "model": MODEL}
 
 
 class Run:
@@ -76,12 +59,7 @@ class Run:
 
 
 def metrics_of(workdir: Path) -> list[dict]:
-    """Read the metrics that do not depend on the clock."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [
-        {name: x for name, x in line.items() if name != "time" and not name.startswith(SPEED)}
-        for line in lines
-    ]
+    return list(training_command.metrics_of(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +81,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A text of a few kilobytes in a small vocabulary."""
-    choose = random.Random(0)
-    words = ["the", "model", "routes", "every", "token", "to", "experts", "and", "adds"]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{choose.choice(words)} " for _ in range(1500)))
-    return path
+    return training_command.write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +99,15 @@ def run_command(
     sections: dict, workdir: Path, environment: dict[str, str], *, largest_file: int | None = None
 ) -> subprocess.CompletedProcess:
     """Run the training command, which may write files of at most so many bytes."""
-    path = workdir.with_suffix(".py")
-    path.write_text(
-        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
-        f"    return ConfigDict({sections!r})\n"
-    )
-    command = [sys.executable, ROOT / "launch" / "train.py", f"--config={path}"]
+    compiled = Path(environment["JAX_COMPILATION_CACHE_DIR"])
     limit = contextlib.nullcontext() if largest_file is None else small_files_only(largest_file)
     with limit:  # a process inherits its parent's
-        return subprocess.run(
-            [*command, f"--workdir={workdir}"], capture_output=True, text=True, check=False,
-            env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        # On as many devices as here: programs for another number are others.
+        process = training_command.start(
+            sections, workdir, compiled, XLA_FLAGS=os.environ["XLA_FLAGS"]
         )
+        out, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 @pytest.fixture(scope="module")
