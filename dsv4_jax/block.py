@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.attention import Attention, Places
 from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import ModelConfig, Runtime
+from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
-from dsv4_jax.mhc import StreamMix, collapse, expand
+from dsv4_jax.mhc import StreamMix, collapse, expand, sinkhorn_error
 from dsv4_jax.moe import MoE
 from dsv4_jax.params import param
-from dsv4_jax.router import RouterStats
 from dsv4_jax.shapes import Array, Bool, Streams, Tokens
 
 
@@ -40,8 +41,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, streams: Streams, batch: Batch, cache: StackedCache | None = None
-    ) -> tuple[Streams, RouterStats, LayerCache | None]:
-        """Return the streams, the router's statistics and, with a cache, its stack updated."""
+    ) -> tuple[Streams, LayerStats, LayerCache | None]:
+        """Return the streams, the layer's statistics and, with a cache, its stack updated."""
         c, eps = self.config, self.config.rms_norm_eps
         width, ones = (streams.shape[-1],), nn.initializers.ones
 
@@ -51,6 +52,7 @@ class Block(nn.Module):
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
         y, kept = attention(x, batch.places[self.attention_kind], cache)
         streams = expand(streams, y, post, comb)
+        error = sinkhorn_error(comb)
 
         pre, post, comb = StreamMix(
             c, self.runtime, 2 * self.layer + 1, name="moe_mix"
@@ -58,8 +60,9 @@ class Block(nn.Module):
         norm = param(self, "moe_norm", "width", width, ones)
         moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
-        y, stats = moe(x, batch.tokens, batch.valid)
-        return expand(streams, y, post, comb), stats, kept
+        y, load, balance_loss = moe(x, batch.tokens, batch.valid)
+        error = jnp.maximum(error, sinkhorn_error(comb))
+        return expand(streams, y, post, comb), LayerStats(load, balance_loss, error), kept
 
 
 def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:

@@ -87,6 +87,20 @@ def _sinkhorn_backward(iterations, eps, matrix, grad):
 sinkhorn.defvjp(_sinkhorn_forward, _sinkhorn_backward)
 
 
+def sinkhorn_error(comb: Float[Array, "n m b t"]) -> Float[Array, ""]:
+    """Return how far matrices are from doubly stochastic: max |sum - 1| of rows and columns.
+
+    The maximum is over all tokens, padding included, and has no gradient. `sinkhorn` ends on the
+    columns, which are 1 to about eps: what shows is the rows. 20 rounds leave there 3e-2 at most
+    and 3e-4 on average at logits of deviation 2.
+
+    Source: fact sheet 2.2.
+    """
+    comb = jax.lax.stop_gradient(comb)
+    sums = jnp.stack([jnp.sum(comb, axis=axis) for axis in (COLUMNS, ROWS)])
+    return jnp.max(jnp.abs(sums - 1))
+
+
 def mix_logits(
     streams: Streams, fn: Float[Array, "d n x"], eps: float, runtime: Runtime
 ) -> Float[Array, "x b t"]:

@@ -23,12 +23,12 @@ from dsv4_jax.block import Batch, block_class
 from dsv4_jax.cache import Cache, LayerCache, Span, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.errors import InputError
+from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
-from dsv4_jax.router import RouterStats
 from dsv4_jax.schedule import factor_schedule
 from dsv4_jax.shapes import Array, Bool, Hidden, Int, Logits, Streams, Tokens
 from dsv4_jax.sharding import constrain, shardings_of
@@ -43,7 +43,7 @@ class Features(NamedTuple):
     mtp_hidden: Hidden | None  # the same for the token after the next
     logits: Logits  # float32
     mtp_logits: Logits | None  # float32
-    router: dict[str, RouterStats]  # by the path of the layer's block; scanned layers stacked
+    layers: dict[str, LayerStats]  # by the path of the layer's block; scanned layers stacked
 
 
 class Pair(nn.Module):
@@ -57,7 +57,7 @@ class Pair(nn.Module):
     def __call__(
         self, carry: tuple[Streams, dict[str, LayerCache] | None], pair: Int[Array, ""],
         batch: Batch,
-    ) -> tuple[tuple[Streams, dict[str, LayerCache] | None], dict[str, RouterStats]]:
+    ) -> tuple[tuple[Streams, dict[str, LayerCache] | None], dict[str, LayerStats]]:
         """Run pair number `pair` on the streams and on its layers of the caches, by their kind."""
         (streams, caches), stats = carry, {}
         for layer in (self.layer, self.layer + 1):
@@ -142,7 +142,7 @@ class Transformer(nn.Module):
 
         x = self._constrain(table[batch.tokens].astype(dtype))
         streams = jnp.broadcast_to(x[:, :, None], (*batch.tokens.shape, c.hc_mult, c.hidden_size))
-        streams, router, caches = self._layers(streams, batch, caches)
+        streams, layers, caches = self._layers(streams, batch, caches)
         x = StreamHead(c, self.runtime, name="head_mix")(streams)
         hidden = rms_norm(x, final_norm, eps=c.rms_norm_eps)
         mtp_hidden = mtp_logits = None
@@ -152,23 +152,23 @@ class Transformer(nn.Module):
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
             # A document's last token has nothing to predict here: its expert load is not counted.
             mtp_batch = batch._replace(tokens=after, valid=exists)
-            mtp_hidden, router["mtp/block"], _ = block(streams, embedded, mtp_batch)
+            mtp_hidden, layers["mtp/block"], _ = block(streams, embedded, mtp_batch)
             mtp_logits = self._logits(mtp_hidden, head)
         logits = self._logits(hidden, head)
-        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, router), caches
+        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, layers), caches
 
     def _layers(
         self, streams: Streams, batch: Batch, caches: dict[str, LayerCache] | None
-    ) -> tuple[Streams, dict[str, RouterStats], dict[str, LayerCache] | None]:
+    ) -> tuple[Streams, dict[str, LayerStats], dict[str, LayerCache] | None]:
         c, runtime = self.config, self.runtime
         prelude, pairs = factor_schedule(c)
-        router, kept = {}, {}
+        layers, kept = {}, {}
         for layer in range(prelude):
             name = f"layers_{layer}"
             kinds = c.layer_types[layer], c.moe_types[layer]
             block = block_class(runtime)(c, runtime, *kinds, layer, name=name)
             cache = None if caches is None else StackedCache(caches[name], jnp.int32(0))
-            streams, router[name], kept[name] = block(streams, batch, cache)
+            streams, layers[name], kept[name] = block(streams, batch, cache)
             streams = self._constrain(streams)
         if pairs:
             scan = nn.scan(
@@ -181,9 +181,9 @@ class Transformer(nn.Module):
             (streams, of_pairs), stats = scan(c, runtime, prelude, name="pairs")(
                 (streams, of_pairs), jnp.arange(pairs), batch
             )
-            router |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
+            layers |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
             kept |= {f"pairs/{kind}": cache for kind, cache in (of_pairs or {}).items()}
-        return streams, router, None if caches is None else kept
+        return streams, layers, None if caches is None else kept
 
     def _logits(self, hidden: Hidden, head) -> Logits:
         """Sum in float32; factors are of the compute dtype, as those of the released head are."""

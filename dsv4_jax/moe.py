@@ -13,7 +13,6 @@ from dsv4_jax.experts import ExpertWeights, routed_experts
 from dsv4_jax.layers import clamped_swiglu, project
 from dsv4_jax.params import Init, param
 from dsv4_jax.router import (
-    RouterStats,
     Routing,
     affinity,
     balanced_table,
@@ -81,7 +80,8 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(
         self, x: Hidden, tokens: Tokens, valid: Bool[Array, "b t"]
-    ) -> tuple[Hidden, RouterStats]:
+    ) -> tuple[Hidden, Float[Array, " e"], Float[Array, ""]]:
+        """Return the output, the load of each expert and the sequence balance loss."""
         c = self.config
         count = c.n_routed_experts
         w_router = param(self, "w_router", "width -> router_experts", (x.shape[-1], count))
@@ -98,7 +98,7 @@ class MoE(nn.Module):
         routing = routing._replace(experts=jnp.where(valid[..., None], experts, count))
         y = Experts(c, self.runtime, name="experts")(x, routing)
         y = y + SharedExpert(c, self.runtime, name="shared")(x)
-        return y, RouterStats(expert_load(experts, count, valid), balance)
+        return y, expert_load(experts, count, valid), balance
 
     def _choose(self, scores: Float[Array, "b t e"], tokens: Tokens) -> Int[Array, "b t a"]:
         c = self.config

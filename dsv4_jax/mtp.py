@@ -7,10 +7,10 @@ from flax import linen as nn
 from dsv4_jax.block import Batch, block_class
 from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
+from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import project, rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.params import param
-from dsv4_jax.router import RouterStats
 from dsv4_jax.shapes import Hidden, Streams
 
 
@@ -27,7 +27,7 @@ class MultiTokenPrediction(nn.Module):
     def __call__(
         self, streams: Streams, next_embedding: Hidden, batch: Batch,
         cache: StackedCache | None = None,
-    ) -> tuple[Hidden, RouterStats, LayerCache | None]:
+    ) -> tuple[Hidden, LayerStats, LayerCache | None]:
         """Return the vectors for the shared head, [b, t, d], and what the layer's block does.
 
         Args:

@@ -20,13 +20,6 @@ class Routing(NamedTuple):
     weights: Float[Array, "b t a"]
 
 
-class RouterStats(NamedTuple):
-    """What balancing needs to know of one layer's routing; padding is not counted."""
-
-    load: Float[Array, "*z e"]  # token slots given to each expert
-    balance_loss: Float[Array, "*z"]  # sequence-wise, without its factor; 0 for hash layers
-
-
 def affinity(logits: Float[Array, "*rows e"]) -> Float[Array, "*rows e"]:
     """Return sqrt(softplus(logits)) with a gradient that stays finite.
 

@@ -219,8 +219,8 @@ def _forward(model: Transformer, params: dict, batch: Batch, share: float) -> Su
     return Sums(
         next_token=token_nats(features.hidden, head, *shifted_targets(tokens, segments, 1)),
         mtp=mtp,
-        balance=share * sum(jnp.sum(stats.balance_loss) for stats in features.router.values()),
-        load={path: stats.load for path, stats in features.router.items()},
+        balance=share * sum(jnp.sum(stats.balance_loss) for stats in features.layers.values()),
+        load={path: stats.load for path, stats in features.layers.items()},
     )
 
 

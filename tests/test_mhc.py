@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dsv4_jax import ModelConfig, Runtime
 from dsv4_jax.config import LEARNED, WINDOW
-from dsv4_jax.mhc import StreamMix, collapse, expand, sinkhorn
+from dsv4_jax.mhc import StreamMix, collapse, expand, sinkhorn, sinkhorn_error
 
 STREAMS, WIDTH, BATCH, LENGTH = 4, 8, 2, 3
 ITERATIONS, EPS = 20, 1e-6
@@ -60,6 +60,21 @@ def test_sinkhorn_sums():
     assert (result >= 0).all()
     assert np.abs(result.sum(axis=0) - 1).max() <= COLUMN_SUM
     assert np.abs(result.sum(axis=1) - 1).max() <= ROW_SUM
+
+
+def test_sinkhorn_error_is_the_largest_of_rows_and_columns():
+    doubly_stochastic = np.full((STREAMS, STREAMS, BATCH, LENGTH), 1 / STREAMS, np.float32)
+    assert sinkhorn_error(doubly_stochastic) == 0
+    for first, second in (((0, 1), (0, 2)), ((1, 0), (2, 0))):  # in one row, in one column
+        moved = doubly_stochastic.copy()
+        moved[*first, 1, 2] += 0.125
+        moved[*second, 1, 2] -= 0.125  # the sum of both stays
+        assert sinkhorn_error(moved) == 0.125
+    matrices = np.asarray(sinkhorn(positive_matrices(2.0), 2, EPS), np.float64)
+    expected = max(np.abs(matrices.sum(axis=axis) - 1).max() for axis in (0, 1))
+    assert sinkhorn_error(jnp.float32(matrices)) == pytest.approx(expected, rel=ROUNDING)
+    gradient = jax.grad(sinkhorn_error)(moved)
+    np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize("deviation", [0.0, 2.0, 50.0])

@@ -21,9 +21,10 @@ from dsv4_jax import ModelConfig, Runtime, Transformer, chunks, model, mtp
 from dsv4_jax.attention import core
 from dsv4_jax.block import Batch
 from dsv4_jax.config import CSA, HASH, HCA, LEARNED, WINDOW
+from dsv4_jax.layer_stats import LayerStats
+from dsv4_jax.mhc import StreamMix
 from dsv4_jax.model import param_shapes
 from dsv4_jax.params import IN, Weight, merge, path_name, split_trainable
-from dsv4_jax.router import RouterStats
 from dsv4_jax.schedule import factor_schedule
 
 SAME_SUMS = 1e-5  # of the largest element: float32 sums of other order, through all layers
@@ -235,7 +236,7 @@ def test_packed_documents_equal_documents_alone(csa, seed):
         known = np.isfinite(expected).all(axis=-1)
         assert known.sum() == sum(len(document) - left_out for _, document in documents) > 0
         assert_close(ours[known], expected[known])
-    assert_loads(packed.router, np.count_nonzero(segment_ids), len(documents))
+    assert_loads(packed.layers, np.count_nonzero(segment_ids), len(documents))
 
 
 def test_documents_do_not_see_each_other():
@@ -255,13 +256,13 @@ def test_documents_do_not_see_each_other():
             assert (ours[:, changed] != expected[:, changed]).any(axis=-1).all()
 
 
-def assert_loads(router: dict, tokens: int, documents: int) -> None:
+def assert_loads(layers: dict, tokens: int, documents: int) -> None:
     """Check that each layer gave all tokens that are not padding their experts.
 
     In multi-token prediction the last token of a document has no next one and does not count.
     """
-    assert router.keys() == {"layers_0", "pairs/hca", "pairs/csa", "mtp/block"}
-    for name, stats in router.items():
+    assert layers.keys() == {"layers_0", "pairs/hca", "pairs/csa", "mtp/block"}
+    for name, stats in layers.items():
         loads = np.atleast_2d(stats.load)
         assert loads.shape == (2 if "pairs" in name else 1, FULL.n_routed_experts)
         counted = tokens - documents * (name == "mtp/block")
@@ -270,10 +271,26 @@ def assert_loads(router: dict, tokens: int, documents: int) -> None:
 
 def test_router_counts_every_token_of_plain_rows():
     features = plain_features("sparse")(random_params(FULL), random_tokens())
-    assert_loads(features.router, ROWS * LENGTH, documents=ROWS)
-    balance = {name: np.asarray(stats.balance_loss) for name, stats in features.router.items()}
+    assert_loads(features.layers, ROWS * LENGTH, documents=ROWS)
+    balance = {name: np.asarray(stats.balance_loss) for name, stats in features.layers.items()}
     np.testing.assert_array_equal(balance.pop("layers_0"), 0)  # routed by a fixed table
     assert all((loss > 0.5).all() for loss in balance.values())
+
+
+def test_sinkhorn_error_is_that_of_the_worse_sublayer():
+    config = one_layer(WINDOW)
+    features, kept = quick_jit(
+        lambda params, tokens: Transformer(config).apply(
+            {"params": params}, tokens, method="features", mutable="intermediates",
+            capture_intermediates=lambda module, _: isinstance(module, StreamMix),
+        )
+    )(random_params(config), random_tokens())
+    mixes, errors = kept["intermediates"]["layers_0"], []
+    for name in ("attention_mix", "moe_mix"):
+        ((*_, comb),) = mixes[name]["__call__"]
+        errors.append(np.abs(np.sum(comb, axis=1) - 1).max())  # of the rows, which are worse
+    assert errors[0] != errors[1]
+    assert features.layers["layers_0"].sinkhorn_error == pytest.approx(max(errors), rel=SAME_SUMS)
 
 
 # Multi-token prediction
@@ -289,7 +306,7 @@ class NoBlock(nn.Module):
     layer: int
 
     def __call__(self, streams, batch, cache):
-        return streams, RouterStats(load=None, balance_loss=None), cache
+        return streams, LayerStats(load=None, balance_loss=None, sinkhorn_error=None), cache
 
 
 def test_prediction_joins_streams_and_next_embedding(monkeypatch):
@@ -341,8 +358,11 @@ def test_scan_equals_a_loop(monkeypatch):
     assert_close(looped.mtp_logits, expected.mtp_logits)
     for place, kind in enumerate((HCA, CSA)):
         for pair in range(2):
-            load = looped.router[f"layers_{1 + 2 * pair + place}"].load
-            np.testing.assert_array_equal(load, expected.router[f"pairs/{kind}"].load[pair])
+            ours, stacked = looped.layers[f"layers_{1 + 2 * pair + place}"], expected.layers
+            stats = jax.tree.map(lambda x, pair=pair: x[pair], stacked[f"pairs/{kind}"])
+            np.testing.assert_array_equal(ours.load, stats.load)
+            assert_close(ours.balance_loss, stats.balance_loss)
+            assert_close(ours.sinkhorn_error, stats.sinkhorn_error)
 
 
 def test_choices_of_speed_and_memory_leave_the_function_alone():

@@ -62,7 +62,7 @@ def objective(trainable, frozen, mtp_weight: float):
     params = {"params": merge(trainable, frozen)}
     features = transformer_of(CONFIG).apply(params, **BATCH, method="features")
     main, mtp = mean_nats(features.logits, 1), mean_nats(features.mtp_logits, 2)
-    balance = sum(jnp.sum(stats.balance_loss) for stats in features.router.values())
+    balance = sum(jnp.sum(stats.balance_loss) for stats in features.layers.values())
     return main + mtp_weight * mtp + BALANCE_WEIGHT * balance, (main, mtp, balance, features)
 
 
@@ -113,7 +113,7 @@ def test_a_step_moves_every_selection_bias_towards_even_load(state, step):
     moved = {path for path in before if path.endswith("selection_bias")}
     assert moved == {f"{p}/moe/selection_bias" for p in ("pairs/csa", "pairs/hca", "mtp/block")}
     for path in moved:
-        load = np.asarray(features.router[path.removesuffix("/moe/selection_bias")].load)
+        load = np.asarray(features.layers[path.removesuffix("/moe/selection_bias")].load)
         direction = np.sign(load.mean(axis=-1, keepdims=True) - load)
         assert direction.any()
         np.testing.assert_allclose(

@@ -1,0 +1,15 @@
+"""What a forward pass tells of each of its layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dsv4_jax.shapes import Array, Float
+
+
+class LayerStats(NamedTuple):
+    """What losses, balancing and inspection need to know of one layer, or of stacked ones."""
+
+    load: Float[Array, "*z e"]  # token slots given to each expert; padding is not counted
+    balance_loss: Float[Array, "*z"]  # sequence-wise, without its factor; 0 for hash layers
+    sinkhorn_error: Float[Array, "*z"]  # the larger of its two sublayers'; see mhc.py
