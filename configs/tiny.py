@@ -11,7 +11,6 @@ def get_config() -> ConfigDict:
         "runtime": {
             "dtype": "float32",
             "remat": False,
-            "csa": "dense",  # the indexer is untrained, so CSA sees all of its entries
             "moe": "auto",
             "scan_unroll": 1,
             "cache": "float32",
@@ -21,12 +20,11 @@ def get_config() -> ConfigDict:
             "source": "stdlib",
             "text_field": "text",
             "tokenizer": placeholder(str),  # None: trained on the source
-            "seq_len": 256,
-            "batch_size": 16,
             "seed": 0,
             "held_out_fraction": 0.03,
             "held_out_bytes": 262_144,
         },
+        "stages": _stages(),
         "optimizer": {
             "name": "muon",
             "learning_rate": 6e-3,
@@ -41,11 +39,8 @@ def get_config() -> ConfigDict:
             "muon_rms": 0.18,
             "muon_dtype": "float32",
             "clip_norm": 1.0,
-            "train_indexer": False,
         },
         "train": {
-            "steps": 560,
-            "accumulation": 1,
             "mtp_weight": 0.3,
             "mtp_weight_in_decay": 0.1,
             "balance_weight": 1e-4,
@@ -65,6 +60,29 @@ def get_config() -> ConfigDict:
         },
         "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
     }).lock()
+
+
+def _stages() -> dict:
+    """From short rows to long ones, from dense attention to sparse."""
+    long = {"seq_len": 1024, "batch_tokens": 4096}
+    return {
+        "stage1": _stage(1_600_000),
+        "stage2": _stage(200_000, **long),
+        "stage3": _stage(120_000, **long, attention="indexer", learning_rate=3e-3),
+        "stage4": _stage(500_000, **long, attention="sparse"),
+    }
+
+
+def _stage(tokens: int, **changes) -> dict:
+    return {
+        "tokens": tokens,
+        "seq_len": 256,
+        "batch_tokens": 4096,
+        "accumulation": 1,
+        "attention": "dense",
+        "mtp_weight": placeholder(float),  # None: that of the section "train"
+        "learning_rate": placeholder(float),  # None: the optimizer's schedule
+    } | changes
 
 
 def _model() -> dict:

@@ -1,10 +1,11 @@
 """DeepSeek-V4-Pro (1.6T, 49B active): released dimensions, published pre-training recipe."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """Return the run config of the first pre-training stage: dense attention at 4,096 tokens.
+    """Return the run config of pre-training.
 
     The mesh, the micro-batches and the data are the user's to set; "unpublished" marks values
     that the report does not give.
@@ -15,7 +16,6 @@ def get_config() -> ConfigDict:
         "runtime": {
             "dtype": "bfloat16",
             "remat": True,
-            "csa": "dense",  # sparse only from 64K tokens on, after an indexer warm-up
             "moe": "auto",
             "scan_unroll": 1,
             "cache": "float32",
@@ -25,12 +25,11 @@ def get_config() -> ConfigDict:
             "source": "data",  # a directory of text; the report's data is not public
             "text_field": "text",
             "tokenizer": "data/tokenizer.json",  # the released one, of 129,280 entries
-            "seq_len": 4096,
-            "batch_size": 23_040,  # 94.4M tokens; the ramp up to it is unpublished
             "seed": 0,
             "held_out_fraction": 0.001,  # unpublished
             "held_out_bytes": 67_108_864,  # unpublished
         },
+        "stages": _stages(),
         "optimizer": {
             "name": "muon",
             "learning_rate": 2.0e-4,
@@ -45,11 +44,8 @@ def get_config() -> ConfigDict:
             "muon_rms": 0.18,
             "muon_dtype": "bfloat16",
             "clip_norm": 1.0,  # unpublished
-            "train_indexer": False,
         },
         "train": {
-            "steps": 350_000,  # 33T tokens in full batches
-            "accumulation": 1,
             "mtp_weight": 0.3,
             "mtp_weight_in_decay": 0.1,
             "balance_weight": 1e-4,
@@ -69,6 +65,38 @@ def get_config() -> ConfigDict:
         },
         "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
     }).lock()
+
+
+def _stages() -> dict:
+    """33T tokens: dense attention first, then sparse from rows of 64K tokens on.
+
+    The lengths of rows, the full batch and where sparsity begins are published. Unpublished and
+    ours: dense attention for 2T tokens ("longer" than Flash's 1T); how the 33T divide into stages;
+    the ramp of the batch (by quarters, in the first 750B tokens). The indexer's warm-up is V3.2's.
+    """
+    full = 23_040 * 4096  # 94.4M tokens
+    return {
+        "stage1": _stage(250 * 10**9, 4096, full // 4),
+        "stage2": _stage(250 * 10**9, 4096, full // 2),
+        "stage3": _stage(250 * 10**9, 4096, full // 4 * 3),
+        "stage4": _stage(750 * 10**9, 4096, full),
+        "stage5": _stage(500 * 10**9, 16_384, full),
+        "stage6": _stage(2_097_152_000, 65_536, 2_097_152, attention="indexer", learning_rate=1e-3),
+        "stage7": _stage(30 * 10**12, 65_536, full, attention="sparse"),
+        "stage8": _stage(10**12, 1_048_576, full, attention="sparse"),
+    }
+
+
+def _stage(tokens: int, seq_len: int, batch_tokens: int, **changes) -> dict:
+    return {
+        "tokens": tokens,
+        "seq_len": seq_len,
+        "batch_tokens": batch_tokens,
+        "accumulation": 1,
+        "attention": "dense",
+        "mtp_weight": placeholder(float),  # None: that of the section "train"
+        "learning_rate": placeholder(float),  # None: the optimizer's schedule
+    } | changes
 
 
 def _model() -> dict:

@@ -50,7 +50,7 @@ class Block(nn.Module):
         norm = param(self, "attention_norm", "width", width, ones)
         attention = Attention(c, self.runtime, self.attention_kind, name="attention")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
-        y, kept = attention(x, batch.places[self.attention_kind], cache)
+        y, lesson, kept = attention(x, batch.places[self.attention_kind], cache)
         streams = expand(streams, y, post, comb)
         error = sinkhorn_error(comb)
 
@@ -62,7 +62,8 @@ class Block(nn.Module):
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
         y, load, balance_loss = moe(x, batch.tokens, batch.valid)
         error = jnp.maximum(error, sinkhorn_error(comb))
-        return expand(streams, y, post, comb), LayerStats(load, balance_loss, error), kept
+        stats = LayerStats(load, balance_loss, error, lesson)
+        return expand(streams, y, post, comb), stats, kept
 
 
 def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:

@@ -24,14 +24,14 @@ def map_chunks(fn: Callable, tree, elements: int):
     piece is filled up with zeros, and what fn makes of those is cut off.
 
     Args:
-      fn: from a tree of [b, size, ...] to an array [b, size, ...].
+      fn: from a tree of [b, size, ...] to another.
       elements: size of fn's largest intermediate per unit of the second axis.
     """
     fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     length = jax.tree.leaves(tree)[0].shape[1]
     if _piece_size(length, elements) == length:
         return fn(tree)
-    return join(jax.lax.map(fn, split(tree, elements)), length)
+    return jax.tree.map(lambda x: join(x, length), jax.lax.map(fn, split(tree, elements)))
 
 
 def split(tree, elements: int):

@@ -115,6 +115,7 @@ class Runtime:
     dtype: str = "float32"  # of activations and products: "float32" or "bfloat16"
     remat: bool = False  # recompute each block in the backward pass instead of storing it
     csa: str = "sparse"  # CSA attends to "sparse" top-k entries or is "dense" over the visible
+    index_learns: bool = False  # training: compare index scores with the attention of entries
     moe: str = "auto"  # grouped expert products: "auto", "blocks" or "ragged"
     scan_unroll: int = 1  # layer pairs in one step of the scan over depth
     cache: str = "float32"  # stored keys: "float32", "bfloat16" or "served" (FP8, FP4 index keys)

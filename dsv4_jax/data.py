@@ -1,4 +1,4 @@
-"""Pack a tokenized corpus into batches: an endless, resumable one and a held-out one.
+"""Pack a tokenized corpus into batches: resumable ones to train on, stage by stage, and held-out.
 
 Every batch is a dict of int32 arrays `[rows, seq_len]`: `tokens`, `segment_ids` (0 is padding,
 then 1, 2, ... for the pieces of a row) and `positions` (from 0 in every piece).
@@ -12,12 +12,15 @@ before it is in the row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import lzma
 import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -25,10 +28,8 @@ import numpy as np
 from dsv4_jax.corpus import held_out_texts, read_corpus
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
+from dsv4_jax.run_config import DataConfig, StageConfig, stage_name
 from dsv4_jax.tokenizer import Tokenizer, tokenizer_of_run
-
-if TYPE_CHECKING:
-    from dsv4_jax.run_config import DataConfig
 
 Batch = dict[str, np.ndarray]
 
@@ -73,12 +74,18 @@ class TokenizedCorpus:
 
 
 class Pieces:
-    """Documents cut to 2 to `seq_len` tokens, as a random-access source of grain."""
+    """Documents cut to 2 to `seq_len` tokens, as a random-access source of grain.
 
-    def __init__(self, documents: Documents, seq_len: int):
+    Args:
+      chosen: numbers of the documents to cut; None: all.
+    """
+
+    def __init__(self, documents: Documents, seq_len: int, chosen: np.ndarray | None = None):
         begins, ends = documents.starts[:-1], documents.starts[1:]
+        if chosen is not None:
+            begins, ends = begins[chosen], ends[chosen]
         counts = -(-(ends - begins - 1) // (seq_len - 1))
-        document = np.repeat(np.arange(len(documents)), counts)
+        document = np.repeat(np.arange(len(begins)), counts)
         place = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
         self._tokens = documents.tokens
         self._starts = begins[document] + place * (seq_len - 1)
@@ -91,37 +98,164 @@ class Pieces:
         return {"tokens": self._tokens[self._starts[index] : self._stops[index]]}
 
 
-class TrainIterator(grain.DatasetIterator):
-    """Endless batches of one host, of which `grain.checkpoint` saves and restores the place.
+class DocumentOrder:
+    """The endless order in which a run takes its documents: all of them in every epoch, shuffled.
+
+    A place in the order is the number of documents before it.
+    """
+
+    def __init__(self, documents: Documents, seed: int):
+        self._lengths, self._seed = np.diff(documents.starts), seed
+        self._lasting = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        """Return the documents of one epoch."""
+        return len(self._lengths)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Return the numbers of the documents in the order of one epoch."""
+        return self._lasting(number)
+
+    def after(self, place: int, tokens: int) -> int:
+        """Return the first place by which at least so many tokens were read from another one."""
+        count = len(self)
+        number, offset = divmod(place, count)
+        read = np.cumsum(self._lengths[self.epoch(number)])
+        tokens += int(read[offset - 1]) if offset else 0
+        full, rest = divmod(tokens, int(read[-1]))
+        if full:
+            read = np.cumsum(self._lengths[self.epoch(number + full)])
+        return (number + full) * count + int(np.searchsorted(read, rest, side="left") + (rest > 0))
+
+    def _shuffled(self, number: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, number)).permutation(len(self))
+
+
+class StageText:
+    """The pieces of a range of the documents' order, as a random-access source of grain.
+
+    They are shuffled within each epoch: the parts of a long document do not follow each other.
+
+    Args:
+      first, stop: places in the order; None: it has no end.
+      seed: of the shuffle.
+    """
+
+    def __init__(
+        self, documents: Documents, order: DocumentOrder, first: int, stop: int | None, *,
+        seq_len: int, seed: int,
+    ):
+        self._documents, self._order, self._seq_len, self._seed = documents, order, seq_len, seed
+        self._first, self._stop = first, stop
+        self._lasting = functools.lru_cache(maxsize=2)(self._part)
+        self._epoch, self._before = first // len(order), len(self._pieces_of(first // len(order)))
+        self._in_epoch = len(Pieces(documents, seq_len))
+
+    def __len__(self) -> int:
+        if self._stop is None:
+            return sys.maxsize
+        last = (self._stop - 1) // len(self._order)
+        if last == self._epoch:
+            return self._before
+        return self._before + (last - self._epoch - 1) * self._in_epoch + len(self._pieces_of(last))
+
+    def __getitem__(self, index: int) -> Batch:
+        if index < self._before:
+            epoch, place = self._epoch, index
+        else:
+            later, place = divmod(index - self._before, self._in_epoch)
+            epoch = self._epoch + 1 + later
+        pieces, shuffled = self._lasting(epoch)
+        return pieces[shuffled[place]]
+
+    def _part(self, epoch: int) -> tuple[Pieces, np.ndarray]:
+        pieces = self._pieces_of(epoch)
+        return pieces, np.random.default_rng((self._seed, epoch, 1)).permutation(len(pieces))
+
+    def _pieces_of(self, epoch: int) -> Pieces:
+        """Return the pieces of the range that lie in an epoch."""
+        begin = epoch * len(self._order)
+        stop = None if self._stop is None else max(self._stop - begin, 0)
+        chosen = self._order.epoch(epoch)[max(self._first - begin, 0) : stop]
+        return Pieces(self._documents, self._seq_len, chosen)
+
+
+class TrainIterator:
+    """The batches of one host, stage after stage; the last stage has no end.
 
     The state is the same on all hosts and for any number of them. It names the data, so that it is
     refused where the same place would be other text.
     """
 
-    def __init__(self, batches: grain.DatasetIterator, rows: slice, identity: dict[str, Any]):
-        super().__init__(batches)
-        self._batches, self._rows, self._identity = batches, rows, identity
+    def __init__(
+        self, stages: Sequence[StageConfig], open_stage: Callable[[int], _StageBatches],
+        identity: dict[str, Any],
+    ):
+        self._stages, self._open_stage, self._identity = stages, open_stage, identity
+        self._enter(0)
+
+    def __iter__(self) -> TrainIterator:
+        return self
 
     def __next__(self) -> Batch:
-        return {name: array[self._rows] for name, array in next(self._batches).items()}
+        """Return the next batch, of this host's rows."""
+        last = self._stage == len(self._stages) - 1
+        if self._taken == self._stages[self._stage].steps and not last:
+            self._enter(self._stage + 1)
+        self._taken += 1
+        batch = next(self._batches)
+        return {name: array[self._current.rows] for name, array in batch.items()}
 
     def get_state(self) -> dict[str, Any]:
-        return {"identity": dict(self._identity), "batches": self._batches.get_state()}
+        """Return the place as JSON types."""
+        before = sum(stage.steps for stage in self._stages[: self._stage])
+        return {
+            "identity": self._identity | self._current.identity,
+            "stage": self._stage, "taken": self._taken, "step": before + self._taken,
+            "batches": self._batches.get_state(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
 
         Raises:
-          InputError: the state was saved with other text, tokenizer, `seq_len` or seed.
+          InputError: the state was saved with other text, tokenizer, seed or stages.
         """
+        stage, taken = state["stage"], state["taken"]
+        before = sum(stage.steps for stage in self._stages[:stage])
+        if stage >= len(self._stages) or before + taken != state["step"]:
+            raise InputError(
+                f"stages: expected {state['step'] - taken} steps before {stage_name(stage)}, as in "
+                f"the checkpoint, got {before} in {len(self._stages)} stages; change only stages "
+                "that have not begun, or start in a new workdir"
+            )
+        finished = stage + 1 < len(self._stages) and taken >= self._stages[stage].steps
+        self._enter(stage + finished)
+        now = self._identity | ({} if finished else self._current.identity)
         for name, saved in state["identity"].items():
-            now = self._identity.get(name)
-            if now != saved:
+            if name.startswith("stages.") and finished:
+                continue
+            if now.get(name) != saved:
                 raise InputError(
-                    f"{name}: expected {saved}, as in the checkpoint, got {now}; resume with the "
-                    "same data or start in a new workdir"
+                    f"{name}: expected {saved}, as in the checkpoint, got {now.get(name)}; resume "
+                    "with the same data or start in a new workdir"
                 )
-        self._batches.set_state(state["batches"])
+        if not finished:
+            self._taken = taken
+            self._batches.set_state(state["batches"])
+
+    def _enter(self, stage: int) -> None:
+        self._stage, self._taken = stage, 0
+        self._current = self._open_stage(stage)
+        self._batches = iter(self._current.batches)
+
+
+class _StageBatches(NamedTuple):
+    """The batches of a stage over all hosts, and this host's rows of each."""
+
+    batches: grain.IterDataset
+    rows: slice
+    identity: dict[str, Any]  # what must not change in the middle of the stage
 
 
 def prepare_corpus(
@@ -154,38 +288,57 @@ def prepare_corpus(
 
 
 def make_train_iterator(
-    corpus: TokenizedCorpus, config: DataConfig, *, shard_index: int = 0, shard_count: int = 1
+    corpus: TokenizedCorpus, config: DataConfig, stages: Sequence[StageConfig], *,
+    shard_index: int = 0, shard_count: int = 1,
 ) -> TrainIterator:
-    """Return the endless, checkpointable batches of one host.
+    """Return the checkpointable batches of one host.
 
-    All pieces are shuffled anew in every epoch and packed into rows, first fit. Every host packs
-    the same global batches of `config.batch_size` rows and keeps its own rows, so the batches do
-    not depend on the number of hosts.
+    All stages share one order of the documents; each goes on where the one before has ended. A
+    stage's documents are cut into pieces, which are shuffled within an epoch and packed into rows,
+    first fit. It has as many tokens as its batches could hold: what packing leaves over of that, 1
+    to 3 %, is not seen. Every host packs the same global batches and keeps its own rows, so the
+    batches do not depend on the number of hosts.
 
     Args:
       shard_index: of this host, below `shard_count`.
     Raises:
-      InputError: the hosts do not divide the rows.
+      InputError: the hosts do not divide the rows of a stage.
     """
-    rows = _rows_of_shard(config.batch_size, shard_index, shard_count)
-    pieces = grain.MapDataset.source(Pieces(corpus.train, config.seq_len))
-    endless = pieces.seed(config.seed).shuffle().repeat()
-    batches = pack(endless, seq_len=config.seq_len, seed=config.seed).batch(config.batch_size)
+    order = DocumentOrder(corpus.train, config.seed)
+    firsts = [0]
+    for stage in stages[:-1]:
+        firsts.append(order.after(firsts[-1], stage.steps * stage.batch_tokens))
+    shards = [_rows_of_shard(stage.rows, shard_index, shard_count) for stage in stages]
+
+    def open_stage(index: int) -> _StageBatches:
+        stage, first, stop = stages[index], firsts[index], [*firsts, None][index + 1]
+        text = StageText(
+            corpus.train, order, first, stop, seq_len=stage.seq_len, seed=config.seed
+        )
+        packed = pack(grain.MapDataset.source(text), seq_len=stage.seq_len, seed=config.seed)
+        name = f"stages.{stage_name(index)}"
+        identity = {
+            f"{name}.seq_len": stage.seq_len,
+            f"{name}.batch_tokens": stage.batch_tokens,
+            f"{name} (its documents)": [first, stop],
+        }
+        return _StageBatches(packed.batch(stage.rows), shards[index], identity)
+
     specification = corpus.tokenizer.specification.encode()
     identity = {
         # First: another tokenizer makes other tokens, too.
         "data.tokenizer (SHA-256 of its specification)": hashlib.sha256(specification).hexdigest(),
         "data.source (SHA-256 of its tokens)": hashlib.sha256(corpus.train.tokens).hexdigest(),
-        "data.seq_len": config.seq_len,
         "data.seed": config.seed,
     }
-    return TrainIterator(iter(batches), rows, identity)
+    return TrainIterator(stages, open_stage, identity)
 
 
 def held_out_batches(
     corpus: TokenizedCorpus,
     config: DataConfig,
     *,
+    seq_len: int,
     rows: int,
     shard_index: int = 0,
     shard_count: int = 1,
@@ -196,13 +349,14 @@ def held_out_batches(
     another in its segment, over `len(corpus.held_out_text)`. Each document's EOS is so charged too.
 
     Args:
+      seq_len: tokens per row.
       rows: of a batch, over all hosts.
     Raises:
       InputError: the hosts do not divide the rows.
     """
     part = _rows_of_shard(rows, shard_index, shard_count)
-    pieces = grain.MapDataset.source(Pieces(corpus.held_out, config.seq_len))
-    packed = list(pack(pieces, seq_len=config.seq_len, seed=config.seed))
+    pieces = grain.MapDataset.source(Pieces(corpus.held_out, seq_len))
+    packed = list(pack(pieces, seq_len=seq_len, seed=config.seed))
     padding = -len(packed) % rows
     stacked = {
         name: np.pad([row[name] for row in packed], ((0, padding), (0, 0))) for name in packed[0]
@@ -249,7 +403,7 @@ def _name_arrays(row: Batch) -> Batch:
 def _rows_of_shard(rows: int, index: int, count: int) -> slice:
     if rows % count:
         raise InputError(
-            f"data.batch_size: expected a multiple of the {count} hosts, got {rows} rows; change "
+            f"stages: expected a multiple of the {count} hosts, got batches of {rows} rows; change "
             "one of them"
         )
     return slice(index * rows // count, (index + 1) * rows // count)

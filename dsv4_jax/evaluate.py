@@ -173,8 +173,8 @@ def _perplexity(folder: ModelFolder, settings: Settings, _: str) -> Measure:
 
 def _usual_context(folder: ModelFolder) -> int:
     """Return the length that a run has trained on, or one that is usual."""
-    if folder.run is not None:
-        return folder.run.data.seq_len
+    if folder.stage is not None:
+        return folder.stage.seq_len
     return min(LONGEST_CONTEXT, folder.config.max_position_embeddings)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -17,7 +19,8 @@ from dsv4_jax.shapes import Array, Float
 if TYPE_CHECKING:
     from dsv4_jax.run_config import OptimizerConfig
 
-MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
+MUON, ADAMW = RULES = ("muon", "adamw")
+MODEL, INDEXERS = LEARNERS = ("model", "indexers")  # each learns from a loss of its own
 
 # Matrices that AdamW updates all the same: lookups and the map to logits.
 ADAMW_MATRICES = frozenset({"embedding", "head"})
@@ -27,59 +30,92 @@ HYBRID_STEPS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 
 
 def make_optimizer(
-    config: OptimizerConfig, kinds: dict, steps: int
+    config: OptimizerConfig, kinds: dict, learners: Collection[str] = LEARNERS
 ) -> optax.GradientTransformationExtraArgs:
-    """Build the whole optimizer: freeze, clip by the global norm, then Muon and AdamW.
+    """Build the whole optimizer: clip by the global norm, then Muon and AdamW.
 
-    Weight decay is for all trained leaves, norm weights included: the report exempts none.
+    `update` takes the `learning_rate` of the step as a keyword. The gradients of the model and of
+    its indexers are clipped apart, so that neither loss changes what the other moves.
+
+    Weight decay is for all leaves, norm weights included: the report exempts none.
 
     Args:
       kinds: axis kinds of the trainable parameters, `split_trainable(kinds_of(boxed))[0]`.
-      steps: optimizer steps of the whole run, which the schedule spans.
+      learners: which of "model" and "indexers" learn. The leaves of others and their moments stay
+        as they are; the state has the same form for any choice.
     """
     labels = label_leaves(kinds, config)
-    frozen = jax.tree.map(lambda label: label == FROZEN, labels)
-    matrix_kinds = jax.tree.map(
-        lambda label, leaf_kinds: leaf_kinds if label == MUON else optax.MaskedNode(),
-        labels, kinds,
+    transforms = {}
+    for learner, rule in itertools.product(LEARNERS, RULES):
+        name = f"{learner} {rule}"
+        if rule == MUON:
+            own_kinds = jax.tree.map(
+                lambda label, leaf_kinds, name=name:
+                    leaf_kinds if label == name else optax.MaskedNode(),
+                labels, kinds,
+            )
+            direction = scale_by_muon(
+                own_kinds, momentum=config.muon_momentum, rms=config.muon_rms,
+                dtype=config.muon_dtype,
+            )
+        else:
+            direction = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
+        update = optax.chain(
+            direction, optax.add_decayed_weights(config.weight_decay), _descend()
+        )
+        transforms[name] = update if learner in learners else _resting(update)
+    clips = (
+        optax.masked(
+            optax.clip_by_global_norm(config.clip_norm), leaves_of_learner(labels, learner)
+        )
+        for learner in learners
     )
-    schedule = learning_rate_schedule(config, steps)
-    transforms = {
-        MUON: muon(
-            schedule, matrix_kinds, momentum=config.muon_momentum, rms=config.muon_rms,
-            weight_decay=config.weight_decay, dtype=config.muon_dtype,
-        ),
-        ADAMW: optax.adamw(
-            schedule, b1=config.beta1, b2=config.beta2, eps=config.eps,
-            weight_decay=config.weight_decay,
-        ),
-        FROZEN: optax.set_to_zero(),
-    }
-    return optax.chain(
-        optax.masked(optax.set_to_zero(), frozen),  # before clipping: not part of the norm
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.partition(transforms, labels),
-    )
+    return optax.chain(*clips, optax.partition(transforms, labels))
+
+
+def learner_of(path: tuple[str, ...]) -> str:
+    """Say who learns the leaf at a path of the parameters: "model" or "indexers"."""
+    return INDEXERS if "indexer" in path else MODEL
+
+
+def leaves_of_learner(labels: dict, learner: str) -> dict:
+    """Return a tree of bools: which leaves of `label_leaves` are this learner's."""
+    return jax.tree.map(lambda label: label.startswith(learner), labels)
+
+
+def _descend() -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by minus the learning rate, which `update` is given."""
+
+    def update(updates, state, params=None, *, learning_rate, **_):
+        del params
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _resting(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return a transform with the same state, which neither changes it nor moves anything."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(jnp.zeros_like, updates), state
+
+    return optax.GradientTransformation(transform.init, update)
 
 
 def label_leaves(kinds: dict, config: OptimizerConfig) -> dict:
-    """Say for each leaf whether "muon" or "adamw" updates it or it is "frozen".
+    """Say for each leaf who learns it and by which rule, as in "model muon" or "indexers adamw".
 
     Muon takes the matrices (leaves with "in" axes) but the embedding and the head. AdamW takes
     those two and all that is no matrix: norm weights, mHC base and scale, attention sinks, and
-    the compressor's position bias, which is a table added to scores and maps nothing. The
-    indexer is frozen unless it is trained: the language loss gives it no gradient, and decay
-    alone would shrink it.
+    the compressor's position bias, which is a table added to scores and maps nothing.
 
     Source: report sections 2.4 and 4.2.2; the place of the position bias is our choice.
     """
 
     def label(path: tuple[str, ...], leaf_kinds: tuple[str, ...]) -> str:
-        if "indexer" in path and not config.train_indexer:
-            return FROZEN
-        if config.name == ADAMW or IN not in leaf_kinds or path[-1] in ADAMW_MATRICES:
-            return ADAMW
-        return MUON
+        by_adamw = config.name == ADAMW or IN not in leaf_kinds or path[-1] in ADAMW_MATRICES
+        return f"{learner_of(path)} {ADAMW if by_adamw else MUON}"
 
     flat = flatten_dict(kinds)
     return unflatten_dict({path: label(path, leaf_kinds) for path, leaf_kinds in flat.items()})

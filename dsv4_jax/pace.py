@@ -23,17 +23,19 @@ class Pace:
     Goodput is the time in steps that count over all the time since the run first began: steps
     that were lost, downtime, compiling, evaluating and saving make it smaller. `log` tells when
     the run that goes on had begun, and what it had done.
-
-    Args:
-      flops: of the matrix products of one step, over all devices; recomputation left out.
     """
 
-    def __init__(self, log: RunLog, *, flops: int, started: float):
-        self._flops, self._seconds = flops, Counter()
-        self._since, self._steps = time.perf_counter(), 0
+    flops = 0  # of the matrix products of one step, over all devices; recomputation left out
+
+    def __init__(self, log: RunLog, *, started: float):
+        self.restart()
         last = log.last(ELAPSED)
         self._productive = last[PRODUCTIVE] if last else 0.0
         self._began = last["time"] - last[ELAPSED] if last else started
+
+    def restart(self) -> None:
+        """Begin to time steps, after something else."""
+        self._seconds, self._steps, self._since = Counter(), 0, time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -52,13 +54,12 @@ class Pace:
         Args:
           tokens: of a step's batch, over all devices.
         """
-        now = time.perf_counter()
         seconds, steps = self._seconds, self._steps
-        per_step = (now - self._since - seconds[EVALUATION]) / steps
+        per_step = (time.perf_counter() - self._since - seconds[EVALUATION]) / steps
         self._productive += seconds[STEP] + seconds[DATA]
-        self._seconds, self._steps, self._since = Counter(), 0, now
+        self.restart()
         elapsed = time.time() - self._began
-        rate = self._flops / per_step / len(jax.devices())
+        rate = self.flops / per_step / len(jax.devices())
         peak = peak_flops(jax.devices()[0].device_kind)
         values = {
             "tokens_per_second": tokens / per_step,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import difflib
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
 from dsv4_jax.config import (
+    CSA,
     SEEDS,
     ModelConfig,
     Runtime,
@@ -20,6 +23,7 @@ from dsv4_jax.config import (
 from dsv4_jax.errors import InputError
 
 LARGEST = 2**31 - 1  # of sizes and counts, which are int32 in compiled programs
+DENSE, INDEXER, SPARSE = ATTENTION_MODES = ("dense", "indexer", "sparse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,6 @@ class DataConfig:
     source: str = "stdlib"  # or "needle", a text file, directory or .jsonl; see `read_corpus`
     text_field: str = "text"  # key of the text in each line of a .jsonl file
     tokenizer: str | None = None  # path of a tokenizer.json; None trains one of vocab_size entries
-    seq_len: int  # tokens per row; 4096 first, later 16K, 64K and 1M (report 4.2.2)
-    batch_size: int  # rows per optimizer step, over all hosts and micro-batches
     seed: int = 0  # seed of the shuffle
     held_out_fraction: float = 0.03  # share of the source that is never trained on
     held_out_bytes: int = 262_144  # most UTF-8 bytes of it that an evaluation reads
@@ -46,8 +48,6 @@ class DataConfig:
             ("source", self.source != "", 'a path, "stdlib" or "needle"'),
             ("text_field", self.text_field != "", "a key"),
             ("tokenizer", self.tokenizer != "", "a path or None"),
-            ("seq_len", self.seq_len >= 2, "at least 2: a token and its successor"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
             ("seed", is_seed(self.seed), SEEDS),
             ("held_out_fraction", 0 < self.held_out_fraction < 1, "between 0 and 1, exclusive"),
             ("held_out_bytes", self.held_out_bytes >= 1, "at least 1"),
@@ -73,8 +73,7 @@ class OptimizerConfig:
     muon_momentum: float = 0.95  # Muon: decay of the momentum
     muon_rms: float = 0.18  # Muon: root mean square of an update's entries
     muon_dtype: str = "float32"  # Muon: of the Newton-Schulz products, or "bfloat16"
-    clip_norm: float = 1.0  # largest global gradient norm; unpublished for V4
-    train_indexer: bool = False  # False freezes the indexers, which the loss does not reach
+    clip_norm: float = 1.0  # largest gradient norm, of model and indexers each; unpublished for V4
 
     def __post_init__(self):
         check_field_types(self)
@@ -98,14 +97,71 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One part of a run: rows of one length, in batches of one size, for so many tokens.
+
+    Sparse attention is brought in by stages. In "dense" ones CSA layers attend to all compressed
+    entries that a query sees, and their indexers rest. In an "indexer" stage the indexers alone
+    learn where that attention goes. In "sparse" ones each query attends to the entries that the
+    indexer scores best; the indexer goes on learning from the attention among these, and the rest
+    of the model from the language loss.
+
+    Source: report 4.2.2; fact sheet 5 (what "dense" is, and the indexer's loss, are unpublished).
+    """
+
+    tokens: int  # of all its batches; the last one is filled up
+    seq_len: int  # tokens per row
+    batch_tokens: int  # tokens per optimizer step, over all hosts and micro-batches
+    accumulation: int = 1  # micro-batches per step
+    attention: str = "sparse"  # of CSA layers: "dense", "indexer" or "sparse"
+    mtp_weight: float | None = None  # None: `train.mtp_weight` and `.mtp_weight_in_decay`
+    learning_rate: float | None = None  # for all of the stage; None: the optimizer's schedule
+
+    def __post_init__(self):
+        check_field_types(self)
+        check_choice("StageConfig.attention", self.attention, ATTENTION_MODES)
+        weight, rate = self.mtp_weight, self.learning_rate
+        _check_rules(
+            self,
+            ("tokens", self.tokens >= 1, "at least 1"),
+            ("seq_len", self.seq_len >= 2, "at least 2: a token and its successor"),
+            (
+                "batch_tokens",
+                self.batch_tokens >= 1 and self.batch_tokens % self.seq_len == 0,
+                f"a multiple of seq_len ({self.seq_len})",
+            ),
+            ("accumulation", self.accumulation >= 1, "at least 1"),
+            (
+                "accumulation", self.rows % self.accumulation == 0,
+                f"a divisor of the {self.rows} rows of a batch",
+            ),
+            ("mtp_weight", weight is None or _is_non_negative(weight), "a number of at least 0"),
+            ("learning_rate", rate is None or _is_positive(rate), "a positive number"),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return -(-self.tokens // self.batch_tokens)
+
+    @property
+    def csa(self) -> str:
+        """How CSA attends, for `Runtime`."""
+        return "sparse" if self.attention == SPARSE else "dense"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The length of a run, its losses beside the main one, and what it writes when.
+    """The losses of a run beside the main one, and what it writes when.
 
     Source: report sections 2.1 and 4.2.2 for the weights.
     """
 
-    steps: int  # optimizer steps
-    accumulation: int = 1  # micro-batches per step
     mtp_weight: float = 0.3  # of the multi-token prediction loss
     mtp_weight_in_decay: float = 0.1  # the same from the start of the learning-rate decay
     balance_weight: float = 1e-4  # of the sequence-wise expert balance loss
@@ -125,9 +181,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_field_types(self)
-        counts = (
-            "steps accumulation most_skips eval_every checkpoint_every keep_checkpoints log_every"
-        )
+        counts = "most_skips eval_every checkpoint_every keep_checkpoints log_every"
         weights = "mtp_weight mtp_weight_in_decay balance_weight bias_update_rate"
         _check_rules(
             self,
@@ -163,6 +217,8 @@ class MeshConfig:
 class RunConfig:
     """One training run: a section for each of its parts.
 
+    The stages are in a section each of a section `stages`: `stage1`, `stage2` and so on.
+
     Raises:
       InputError: sections contradict each other; the message names the dotted keys.
     """
@@ -170,6 +226,7 @@ class RunConfig:
     model: ModelConfig
     runtime: Runtime
     data: DataConfig
+    stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig
     train: TrainConfig
     mesh: MeshConfig
@@ -184,28 +241,48 @@ class RunConfig:
         """
         if not isinstance(config_dict, (ConfigDict, Mapping)):
             raise InputError(f"config: expected a mapping of sections, got {config_dict!r}")
-        check_known("", config_dict, _SECTIONS)
-        return cls(**{
+        check_known("", config_dict, (*_SECTIONS, STAGES))
+        sections = {
             name: _read_section(name, kind, config_dict[name] if name in config_dict else {})
             for name, kind in _SECTIONS.items()
-        })
+        }
+        return cls(stages=_read_stages(config_dict.get(STAGES, {})), **sections)
 
     def to_dict(self) -> dict[str, dict]:
         """Return the sections as JSON types; `from_config_dict` reads them back."""
-        return {
-            name: {key: _jsonable(getattr(getattr(self, name), key)) for key in _fields(kind)}
-            for name, kind in _SECTIONS.items()
-        }
+        sections = {name: _section_to_dict(getattr(self, name)) for name in _SECTIONS}
+        stages = {stage_name(i): _section_to_dict(stage) for i, stage in enumerate(self.stages)}
+        return sections | {STAGES: stages}
+
+    @property
+    def stage_ends(self) -> list[int]:
+        """The last step of each stage; steps are counted from 1."""
+        return list(itertools.accumulate(stage.steps for stage in self.stages))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.stage_ends[-1]
+
+    def stage_at(self, step: int) -> int:
+        """Return the index of the stage that takes a step.
+
+        The run's start belongs to its first stage, all that comes after its end to its last.
+        """
+        return min(bisect.bisect_left(self.stage_ends, step), len(self.stages) - 1)
 
     def __post_init__(self):
         _check_sizes(self)
-        rows, parts = self.data.batch_size, self.train.accumulation
+        has_indexer = CSA in self.model.layer_types
         context = self.model.max_position_embeddings
         rules = (
-            ("data.batch_size", rows, rows % parts == 0,
-             f"a multiple of train.accumulation ({parts})"),
-            ("data.seq_len", self.data.seq_len, self.data.seq_len <= context,
-             f"at most model.max_position_embeddings ({context})"),
+            *((f"{STAGES}.{stage_name(i)}.seq_len", stage.seq_len, stage.seq_len <= context,
+               f"at most model.max_position_embeddings ({context})")
+              for i, stage in enumerate(self.stages)),
+            *((f"{STAGES}.{stage_name(i)}.attention", repr(stage.attention),
+               has_indexer or stage.attention != INDEXER,
+               "'dense' or 'sparse' for a model without CSA layers")
+              for i, stage in enumerate(self.stages)),
             ("train.sample_tokens", self.train.sample_tokens, self.train.sample_tokens < context,
              f"less than model.max_position_embeddings ({context})"),
         )
@@ -222,6 +299,31 @@ _SECTIONS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
 }
+STAGES = "stages"
+# What a config does not set of the runtime: its mesh is made of `MeshConfig`, the rest by stages.
+_DERIVED = ("mesh", "csa", "index_learns")
+
+
+def stage_name(index: int) -> str:
+    """Return the name of a stage's section by its index, which is from 0."""
+    return f"stage{index + 1}"
+
+
+def _read_stages(sections: ConfigDict | Mapping) -> tuple[StageConfig, ...]:
+    if not isinstance(sections, (ConfigDict, Mapping)):
+        raise InputError(f"{STAGES}: expected a section for each stage, got {sections!r}")
+    names = [stage_name(i) for i in range(max(1, len(sections)))]
+    unknown = [name for name in sections if name not in names]
+    if unknown or not sections:
+        came = f"{unknown[0]!r}" if unknown else "nothing"
+        raise InputError(
+            f"{STAGES}: expected sections {names[0]}, stage2 and so on, without a gap, got {came}"
+        )
+    return tuple(_read_section(f"{STAGES}.{name}", StageConfig, sections[name]) for name in names)
+
+
+def _section_to_dict(section) -> dict:
+    return {key: _jsonable(getattr(section, key)) for key in _fields(type(section))}
 
 
 def _read_section(section: str, kind: type, values: ConfigDict | Mapping):
@@ -245,11 +347,9 @@ def _read_section(section: str, kind: type, values: ConfigDict | Mapping):
 
 
 def _fields(kind: type) -> dict[str, dataclasses.Field]:
-    """Return the fields that a config sets: all but the runtime's mesh, made of `MeshConfig`."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if kind is Runtime:
-        del fields["mesh"]
-    return fields
+    """Return the fields that a config sets."""
+    derived = _DERIVED if kind is Runtime else ()
+    return {field.name: field for field in dataclasses.fields(kind) if field.name not in derived}
 
 
 def check_known(prefix: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -287,12 +387,16 @@ def _edits(text: str, other: str) -> int:
 
 def _check_sizes(config: RunConfig) -> None:
     """Raise an InputError for the first whole number, seeds aside, that JAX would not take."""
-    for section, kind in _SECTIONS.items():
-        for name, field in _fields(kind).items():
-            value = getattr(getattr(config, section), name)
-            is_size = field.type == "int" and name not in ("seed", "hash_seed")
+    sections = {name: getattr(config, name) for name in _SECTIONS}
+    sections |= {f"{STAGES}.{stage_name(i)}": stage for i, stage in enumerate(config.stages)}
+    for section, values in sections.items():
+        for name, field in _fields(type(values)).items():
+            value = getattr(values, name)
+            is_size = field.type == "int" and name not in ("seed", "hash_seed", "tokens")
             if is_size and value > LARGEST:
                 raise InputError(f"{section}.{name}: expected at most 2^31 - 1, got {value}")
+    if config.steps > LARGEST:
+        raise InputError(f"{STAGES}: expected at most 2^31 - 1 steps, got {config.steps}")
 
 
 def _check_rules(config, *rules: tuple[str, bool, str]) -> None:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from dsv4_jax.config import ModelConfig, Runtime, check_choice
 from dsv4_jax.convert.leaves import leaf_dtype, leaves_of
 from dsv4_jax.convert.load import load_pretrained
-from dsv4_jax.convert.opening import CHECKPOINTS, CONFIG, LARGEST_CONFIG, open_checkpoint
+from dsv4_jax.convert.opening import CONFIG, LARGEST_CONFIG, open_checkpoint
 from dsv4_jax.convert.source import Source
 from dsv4_jax.convert.untrusted import checked_path, read_json
 from dsv4_jax.errors import InputError
-from dsv4_jax.run_config import RunConfig
+from dsv4_jax.run_config import RunConfig, StageConfig
 from dsv4_jax.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -40,6 +40,7 @@ class ModelFolder:
     runtime: Runtime
     tokenizer: Tokenizer
     run: RunConfig | None  # that a workdir is of
+    stage: StageConfig | None  # that its checkpoint is of
     dtype: str | None  # of all weights; None: as they are stored
     skip_mtp: bool
 
@@ -70,7 +71,8 @@ def check_model(
 ) -> ModelFolder:
     """Check a model's folder and read all of it but the weights.
 
-    A run's CSA is computed as the run does it, that of other models over the selected entries.
+    A run's CSA is computed as in the stage of its checkpoint, that of other models over the
+    selected entries.
 
     Args:
       tokenizer: a `tokenizer.json`; None: the one that a workdir's run was given, or the folder's.
@@ -89,11 +91,12 @@ def check_model(
             f"checkpoint: expected the folder of a model, got {str(folder)!r}, which is no folder; "
             "check the path"
         )
-    source = open_checkpoint(path, skip_mtp=skip_mtp).source
-    run = None
-    if (path / CHECKPOINTS).is_dir():
+    opened = open_checkpoint(path, skip_mtp=skip_mtp)
+    source, run, stage = opened.source, None, None
+    if opened.step is not None:
         run = RunConfig.from_config_dict(read_json(path, CONFIG, LARGEST_CONFIG))
-        runtime = dataclasses.replace(run.runtime, remat=False)
+        stage = run.stages[run.stage_at(opened.step)]
+        runtime = dataclasses.replace(run.runtime, remat=False, csa=stage.csa)
     else:
         runtime = Runtime(dtype=_dtype_of_head(source))
     if dtype is not None:
@@ -101,7 +104,7 @@ def check_model(
     found = load_tokenizer(
         _tokenizer_path(path, run, tokenizer), vocab_size=source.config.vocab_size
     )
-    return ModelFolder(path, source.config, runtime, found, run, dtype, skip_mtp)
+    return ModelFolder(path, source.config, runtime, found, run, stage, dtype, skip_mtp)
 
 
 def _dtype_of_head(source: Source) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -32,7 +31,7 @@ from dsv4_jax.log import RunLog
 from dsv4_jax.model import param_shapes
 from dsv4_jax.pace import DATA, EVALUATION, SAVING, SPEED, STEP, Pace
 from dsv4_jax.profile import Profiler
-from dsv4_jax.run_config import RunConfig
+from dsv4_jax.run_config import RunConfig, StageConfig, stage_name
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
 from dsv4_jax.stop import StopRequest
@@ -44,6 +43,7 @@ from dsv4_jax.train_step import (
     make_evaluation,
     make_train_step,
     state_shardings,
+    transformer_of,
 )
 
 HELD_OUT = "held_out_bits_per_byte"  # name of the metric
@@ -60,15 +60,27 @@ class _Run:
     started: float  # when, by time.time()
     profile_steps: tuple[int, int] | None
 
-    def place(self, batch: Batch, rows: int) -> dict[str, jax.Array]:
-        """Put this host's part of a batch of so many rows on its devices."""
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """Put this host's part of a batch on its devices."""
         if self.mesh is None:
             return jax.device_put(batch)
-        sharding = batch_sharding(self.mesh, rows)
+        sharding = batch_sharding(self.mesh, len(batch["tokens"]) * jax.process_count())
         return {
             name: jax.make_array_from_process_local_data(sharding, array)
             for name, array in batch.items()
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tools:
+    """What steps are taken with, from the first stage to the last."""
+
+    batches: TrainIterator
+    checkpoints: Checkpoints
+    log: RunLog
+    pace: Pace
+    skips: _SkipWatch
+    stop: StopRequest
 
 
 def train(
@@ -109,21 +121,27 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     config = run.config
     prompt = _sample_prompt(run)  # first: what cannot be sampled from is refused before training
     batches = make_train_iterator(
-        run.corpus, config.data, shard_index=jax.process_index(), shard_count=jax.process_count()
+        run.corpus, config.data, config.stages,
+        shard_index=jax.process_index(), shard_count=jax.process_count(),
     )
     first, state = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
     with closing(RunLog(run.workdir, first)) as log:
-        evaluation = _Evaluation(run, log, stop)
-        complete = first >= config.train.steps
-        if complete:
-            say(f"the run is complete: {first} of {config.train.steps} steps")
-        due = first > 0 and first % config.train.eval_every == 0
-        if complete or due and not evaluation.has(first):  # a signal ended the run before it
-            evaluation.report(first, state.params)
-        if not complete:
-            state = _take_steps(run, state, first, batches, evaluation, checkpoints, log, stop)
+        if first >= config.steps:
+            say(f"the run is complete: {first} of {config.steps} steps")
+        if first > 0:
+            # A complete run tells its score again; a signal may have kept another from it.
+            evaluation = _Evaluation(run, _stage_of(config, first), log, stop)
+            missed = _is_due(config, first, config.train.eval_every) and not evaluation.has(first)
+            if first >= config.steps or missed:
+                evaluation.report(first, state.params)
+        skips = _SkipWatch(config.train.most_skips, int(state.skips.total))
+        tools = _Tools(
+            batches, checkpoints, log, Pace(log, started=run.started), skips, stop
+        )
+        while first < config.steps and not stop:
+            first, state = _run_stage(run, tools, state, first)
     if not stop:
         _write_sample(run, state, prompt)
     return state
@@ -143,50 +161,70 @@ def _first_state(
     return step, state
 
 
-def _take_steps(
-    run: _Run, state: TrainState, first: int, batches: TrainIterator, evaluation: _Evaluation,
-    checkpoints: Checkpoints, log: RunLog, stop: StopRequest,
-) -> TrainState:
-    """Take the steps after `first`; log, evaluate and save when due, and at the end."""
-    plan, rows = run.config.train, run.config.data.batch_size
+def _stage_of(config: RunConfig, step: int) -> StageConfig:
+    return config.stages[config.stage_at(step)]
 
-    def due(every: int) -> bool:
-        return step % every == 0 or step == plan.steps
 
-    batch = run.place(next(batches), rows)
-    step_fn, flops = _compile_step(run, state, batch)
-    skips = _SkipWatch(plan.most_skips, int(state.skips.total))
-    pace = Pace(log, flops=flops, started=run.started)
+def _is_due(config: RunConfig, step: int, every: int) -> bool:
+    """Say whether what is done every so many steps is due; at the end of a stage it always is."""
+    return step % every == 0 or step in config.stage_ends
+
+
+def _run_stage(
+    run: _Run, tools: _Tools, state: TrainState, first: int
+) -> tuple[int, TrainState]:
+    """Take the steps after `first` to the end of their stage; log, evaluate and save when due.
+
+    Returns the last step and the state after it. It is an earlier one if a signal came.
+    """
+    config, plan = run.config, run.config.train
+    batches, pace = tools.batches, tools.pace
+    stage, last = _stage_of(config, first + 1), config.stage_ends[config.stage_at(first + 1)]
+    _announce_stage(config, first + 1)
+    evaluation = _Evaluation(run, stage, tools.log, tools.stop)
+    batch = run.place(next(batches))
+    step_fn, pace.flops = _compile_step(run, stage, state, batch)
     with closing(Profiler(run.workdir / "profile", run.profile_steps)) as profiler:
-        for step in range(first + 1, plan.steps + 1):
+        pace.restart()
+        for step in range(first + 1, last + 1):
             profiler.before(step)
             with pace.phase(STEP):
                 state, metrics = step_fn(state, batch)
             # While the devices work: where a resumed run goes on, and its first batch.
             with pace.phase(DATA):
-                place, batch = batches.get_state(), run.place(next(batches), rows)
+                place = batches.get_state()
+                batch = run.place(next(batches)) if step < last else None
             with pace.phase(STEP):
-                skips.look(step, metrics)
+                tools.skips.look(step, metrics)
             pace.step()
             profiler.after(step, metrics)
-            if due(plan.log_every):
+            if _is_due(config, step, plan.log_every):
                 with pace.phase(STEP):
                     values = {name: float(value) for name, value in metrics.items()}
-                values |= pace.values(batch["tokens"].size)
-                say(_step_line(step, plan.steps, values))
-                log.metrics(step, values)
-            if due(plan.eval_every):
+                values |= pace.values(stage.batch_tokens)
+                say(_step_line(step, config.steps, values))
+                tools.log.metrics(step, values)
+            if _is_due(config, step, plan.eval_every):
                 with pace.phase(EVALUATION):
                     evaluation.report(step, state.params)
-            ending = bool(stop)
-            if due(plan.checkpoint_every) or ending:
+            ending = bool(tools.stop)
+            if _is_due(config, step, plan.checkpoint_every) or ending:
                 # After the log: what a checkpoint covers is neither lost nor logged twice.
                 with pace.phase(SAVING):
-                    checkpoints.save(step, state, place)
-            checkpoints.check()
+                    tools.checkpoints.save(step, state, place)
+            tools.checkpoints.check()
             if ending:
                 break
-    return state
+    return step, state
+
+
+def _announce_stage(config: RunConfig, step: int) -> None:
+    index = config.stage_at(step)
+    stage = config.stages[index]
+    say(
+        f"{stage_name(index)} of {len(config.stages)}: steps {step} to {config.stage_ends[index]}, "
+        f"{stage.rows} rows of {stage.seq_len} tokens, attention {stage.attention}"
+    )
 
 
 class _SkipWatch:
@@ -218,27 +256,31 @@ class _SkipWatch:
             )
 
 
+# Of a step's metrics, those that its line shows, where there are.
+_SHOWN = {
+    "loss": "loss {:.4f}", "index_loss": "index loss {:.4f}", "index_recall": "recall {:.3f}",
+    "grad_norm": "grad norm {:.3f}", "learning_rate": "learning rate {:.2e}",
+    f"{SPEED}tokens_per_second": "{:,.0f} tokens/s",
+}
+
+
 def _step_line(step: int, steps: int, values: dict[str, float]) -> str:
+    shown = [form.format(values[name]) for name, form in _SHOWN.items() if name in values]
     seconds_left = values[f"{SPEED}seconds_per_step"] * (steps - step)
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
-        f"learning rate {values['learning_rate']:.2e}  "
-        f"{values[f'{SPEED}tokens_per_second']:,.0f} tokens/s"
-        f"  left {duration(seconds_left)}"
-    )
+    return "  ".join([f"step {step}/{steps}", *shown, f"left {duration(seconds_left)}"])
 
 
 def _compile_step(
-    run: _Run, state: TrainState, batch: Batch
+    run: _Run, stage: StageConfig, state: TrainState, batch: Batch
 ) -> tuple[jax.stages.Compiled, int]:
-    """Compile the step for arguments placed as these are; count its matrix products' operations.
+    """Compile a stage's step for arguments placed as these are; count the operations of products.
 
     From their description: a fresh state and a restored one differ in what JAX may still move, so
     that they themselves would make two programs, and a run that goes on would compile again.
     """
     outputs = None if run.mesh is None else (state_shardings(run.config, run.mesh), None)
     step = jax.jit(
-        make_train_step(run.config, run.mesh), donate_argnums=0, out_shardings=outputs,
+        make_train_step(run.config, stage, run.mesh), donate_argnums=0, out_shardings=outputs,
         compiler_options=compiler_options(),
     )
     described = jax.tree.map(
@@ -250,26 +292,28 @@ def _compile_step(
             # What is computed again is no progress.
             stored = dataclasses.replace(run.config.runtime, remat=False)
             config = dataclasses.replace(run.config, runtime=stored)
-            flops = count_flops(make_train_step(config, run.mesh), *described)
+            flops = count_flops(make_train_step(config, stage, run.mesh), *described)
         else:
             flops = flops_of(traced.jaxpr)
         return traced.lower().compile(), flops.matmul
 
 
 class _Evaluation:
-    """Score the held-out text in bits per byte, beside what general compressors need for it."""
+    """Score the held-out text in bits per byte, beside what general compressors need for it.
 
-    def __init__(self, run: _Run, log: RunLog, stop: StopRequest):
-        self._log, self._stop = log, stop
+    In rows of the stage, whose attention it has.
+    """
+
+    def __init__(self, run: _Run, stage: StageConfig, log: RunLog, stop: StopRequest):
+        self._log, self._stop, self._place = log, stop, run.place
         # Rows of one micro-batch: what fits for training fits here.
-        rows = run.config.data.batch_size // run.config.train.accumulation
         self._batches = held_out_batches(
-            run.corpus, run.config.data, rows=rows,
+            run.corpus, run.config.data,
+            seq_len=stage.seq_len, rows=stage.rows // stage.accumulation,
             shard_index=jax.process_index(), shard_count=jax.process_count(),
         )
-        self._place = partial(run.place, rows=rows)
         self._nats = jax.jit(
-            make_evaluation(run.config, run.mesh), compiler_options=compiler_options()
+            make_evaluation(run.config, stage, run.mesh), compiler_options=compiler_options()
         )
         self._bytes = len(run.corpus.held_out_text)
         self._baselines = baseline_bits_per_byte(run.corpus.held_out_text)
@@ -313,7 +357,7 @@ def _write_sample(run: _Run, state: TrainState, prompt: np.ndarray) -> None:
     new = generate(
         run.config.model, state.params, prompt, max_new_tokens=plan.sample_tokens,
         temperature=plan.sample_temperature, top_p=plan.sample_top_p, seed=plan.seed,
-        stop=tokenizer.eos_id, runtime=run.config.runtime,
+        stop=tokenizer.eos_id, runtime=transformer_of(run.config, run.config.stages[-1]).runtime,
     )
     text = plan.sample_prompt + tokenizer.decode(new.tokens[0])
     write_atomically(run.workdir / "sample.txt", text.encode())
@@ -337,7 +381,8 @@ def _mesh_of(config: RunConfig) -> Mesh | None:
         return None
     mesh = make_mesh(sizes)
     # The rows of a micro-batch and every axis of the model must fall into equal parts.
-    batch_sharding(mesh, config.data.batch_size // config.train.accumulation)
+    for stage in config.stages:
+        batch_sharding(mesh, stage.rows // stage.accumulation)
     shardings_of(param_shapes(config.model), mesh)
     return mesh
 

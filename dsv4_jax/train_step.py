@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -13,18 +13,23 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from dsv4_jax.attention.layout import document_offsets
+from dsv4_jax.attention.lesson import Lesson
+from dsv4_jax.config import CSA
 from dsv4_jax.loss import shifted_targets, token_nats
 from dsv4_jax.model import Transformer, init_params, param_shapes
 from dsv4_jax.optimizer import (
-    FROZEN,
+    INDEXERS,
+    LEARNERS,
+    MODEL,
     decay_start,
-    label_leaves,
+    learner_of,
     learning_rate_schedule,
     make_optimizer,
 )
 from dsv4_jax.params import kinds_of, merge, split_trainable
 from dsv4_jax.router import updated_bias
-from dsv4_jax.run_config import RunConfig
+from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
 from dsv4_jax.shapes import Array, Float
 from dsv4_jax.sharding import replicated, shardings_of
 
@@ -54,12 +59,23 @@ class Sums(NamedTuple):
     next_token: Float[Array, ""]  # nats
     mtp: Float[Array, ""]  # nats
     balance: Float[Array, ""]  # over layers, weighted by the micro-batch's share of the rows
+    divergence: Float[Array, ""]  # of indexers from attention, over queries and layers, nats
+    recall: Float[Array, ""]  # of the attention, by the choices of indexers, over the same
+    choices: Float[Array, ""]  # how many these are
     load: dict[str, Array]  # token slots of each expert, by the path of the layer's block
 
 
-def transformer_of(config: RunConfig, mesh: Mesh | None = None) -> Transformer:
-    """Return the model of a run, on its mesh."""
-    return Transformer(config.model, dataclasses.replace(config.runtime, mesh=mesh))
+def transformer_of(
+    config: RunConfig, stage: StageConfig, mesh: Mesh | None = None
+) -> Transformer:
+    """Return the model of a run, on its mesh, with the attention of a stage."""
+    runtime = dataclasses.replace(config.runtime, mesh=mesh, csa=stage.csa)
+    return Transformer(config.model, runtime)
+
+
+def learners_of(stage: StageConfig) -> tuple[str, ...]:
+    """Return who learns in a stage: the model, its indexers or both."""
+    return {DENSE: (MODEL,), INDEXER: (INDEXERS,), SPARSE: LEARNERS}[stage.attention]
 
 
 def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
@@ -114,66 +130,112 @@ def _state_shapes(config: RunConfig) -> TrainState:
 
 
 def make_train_step(
-    config: RunConfig, mesh: Mesh | None = None
+    config: RunConfig, stage: StageConfig, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the function that takes one optimizer step; jit it, donating the state.
+    """Return the function that takes one optimizer step of a stage; jit it, donating the state.
 
-    The objective is the mean next-token loss, plus mtp_weight times that of multi-token
-    prediction, plus balance_weight times the sum of the layers' sequence balance losses. With
-    micro-batches the gradient is exactly that of the whole batch.
+    The model's objective is the mean next-token loss, plus mtp_weight times that of multi-token
+    prediction, plus balance_weight times the sum of the layers' sequence balance losses. The
+    objective of the indexers is the sum over their layers of the mean divergence from the
+    attention of what they score. No parameter has a gradient from both. With micro-batches the
+    gradient is exactly that of the whole batch.
 
     A batch whose objective or gradient is not finite moves nothing, the place in the schedule
     included, and is counted; `train.skip_non_finite` says whether.
     """
-    model, train = transformer_of(config, mesh), config.train
-    optimizer = _optimizer_of(config)
-    labels = label_leaves(_trainable_kinds(config), config.optimizer)
-    schedule = learning_rate_schedule(config.optimizer, train.steps)
-    decays_from = decay_start(config.optimizer, train.steps)
-    placed = None if mesh is None else split_trainable(state_shardings(config, mesh).params)[0]
+    train, learners = config.train, learners_of(stage)
+    model = transformer_of(config, stage, mesh)
+    model = model.clone(
+        runtime=dataclasses.replace(model.runtime, index_learns=INDEXERS in learners)
+    )
+    optimizer = _optimizer_of(config, learners)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    indexers = config.model.layer_types.count(CSA)
+    placed = None
+    if mesh is not None:
+        placed = _split_learning(
+            split_trainable(state_shardings(config, mesh).params)[0], learners
+        )[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        trainable, frozen = split_trainable(state.params)
-        targets = jnp.maximum(_count_targets(batch), 1)
+        trainable, fixed = split_trainable(state.params)
+        learning, resting = _split_learning(trainable, learners)
         taken = state.step - state.skips.total
-        mtp_weight = jnp.where(taken < decays_from, train.mtp_weight, train.mtp_weight_in_decay)
-        weights = jnp.array([1, mtp_weight, train.balance_weight]) / jnp.array([*targets, 1])
+        learning_rate = schedule(taken)
+        if stage.learning_rate is not None:
+            learning_rate = jnp.float32(stage.learning_rate)
+        counts = jnp.maximum(_count_targets(batch, config.model.csa_ratio), 1)
+        weights = _loss_weights(config, stage, taken) / counts
 
-        def objective(trainable, rows):
-            sums = _forward(model, merge(trainable, frozen), rows, 1 / train.accumulation)
-            return jnp.dot(weights, jnp.stack(sums[:3])), sums
+        def objective(learning, rows):
+            params = merge(merge(learning, resting), fixed)
+            sums = _forward(model, params, rows, 1 / stage.accumulation, mtp=MODEL in learners)
+            return jnp.dot(weights, jnp.stack(sums[: len(weights)])), sums
 
-        def gradient(trainable, rows):
-            gradients, sums = jax.grad(objective, has_aux=True)(trainable, rows)
+        def gradient(learning, rows):
+            gradients, sums = jax.grad(objective, has_aux=True)(learning, rows)
             if mesh is not None:
                 # Here each device already keeps its own part alone of the sum over devices.
                 gradients = jax.lax.with_sharding_constraint(gradients, placed)
             return gradients, sums
 
-        gradients, sums = _accumulate(gradient, trainable, batch, train.accumulation)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
-        params = merge(optax.apply_updates(trainable, updates), frozen)
-        params = _rebalance(params, sums.load, train.bias_update_rate)
-        norm = _trained_norm(gradients, labels)
+        gradients, sums = _accumulate(gradient, learning, batch, stage.accumulation)
+        updates, opt_state = optimizer.update(
+            merge(gradients, jax.tree.map(jnp.zeros_like, resting)), state.opt_state, trainable,
+            learning_rate=learning_rate,
+        )
+        params = merge(optax.apply_updates(trainable, updates), fixed)
+        if MODEL in learners:
+            params = _rebalance(params, sums.load, train.bias_update_rate)
+        norms = {learner: optax.tree.norm(_split_learning(gradients, (learner,))[0])
+                 for learner in learners}
         skips = state.skips
         if train.skip_non_finite:
-            finite = jnp.isfinite(jnp.dot(weights, jnp.stack(sums[:3]))) & jnp.isfinite(norm)
+            total = jnp.dot(weights, jnp.stack(sums[: len(weights)]))
+            finite = jnp.isfinite(sum(norms.values(), total))
             params = _select(finite, params, state.params)
             opt_state = _select(finite, opt_state, state.opt_state)
             skips = Skips(skips.total + ~finite, jnp.where(finite, 0, skips.in_row + 1))
         metrics = {
-            "loss": sums.next_token / targets[0],
-            "mtp_loss": sums.mtp / targets[1],
-            "balance_loss": sums.balance,
-            "grad_norm": norm,
-            "learning_rate": schedule(taken),
+            "loss": sums.next_token / counts[0],
+            "learning_rate": learning_rate,
             "max_load": _max_load(sums.load),
             "skipped": skips.total,
             "skipped_in_row": skips.in_row,
         }
+        if MODEL in learners:
+            metrics["mtp_loss"] = sums.mtp / counts[1]
+            metrics["balance_loss"] = sums.balance
+            metrics["grad_norm"] = norms[MODEL]
+        if INDEXERS in learners and indexers:
+            metrics["index_loss"] = sums.divergence / counts[3] / indexers
+            metrics["index_grad_norm"] = norms[INDEXERS]
+        if stage.attention == INDEXER:
+            metrics["index_recall"] = sums.recall / jnp.maximum(sums.choices, 1)
         return TrainState(state.step + 1, skips, params, opt_state), metrics
 
     return step
+
+
+def _loss_weights(
+    config: RunConfig, stage: StageConfig, taken: Array
+) -> Float[Array, " losses"]:
+    """Return the weights of the first `Sums`: next token, multi-token, balance, divergence."""
+    train, learners = config.train, learners_of(stage)
+    mtp_weight = stage.mtp_weight
+    if mtp_weight is None:
+        decays = taken >= decay_start(config.optimizer, config.steps)
+        mtp_weight = jnp.where(decays, train.mtp_weight_in_decay, train.mtp_weight)
+    model = jnp.array([1, mtp_weight, train.balance_weight]) * (MODEL in learners)
+    return jnp.append(model, float(INDEXERS in learners))
+
+
+def _split_learning(trainable: dict, learners: Collection[str]) -> tuple[dict, dict]:
+    """Split a tree like the trainable parameters into the leaves that learn and the rest."""
+    flat = flatten_dict(trainable)
+    learning = {path: leaf for path, leaf in flat.items() if learner_of(path) in learners}
+    resting = {path: leaf for path, leaf in flat.items() if path not in learning}
+    return unflatten_dict(learning), unflatten_dict(resting)
 
 
 def _select(condition: Array, new, old):
@@ -182,10 +244,10 @@ def _select(condition: Array, new, old):
 
 
 def make_evaluation(
-    config: RunConfig, mesh: Mesh | None = None
+    config: RunConfig, stage: StageConfig, mesh: Mesh | None = None
 ) -> Callable[[dict, Batch], Float[Array, ""]]:
     """Return the function from parameters and batch to the nats of all predicted tokens."""
-    model = transformer_of(config, mesh)
+    model = transformer_of(config, stage, mesh)
 
     def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
         features = model.apply({"params": params}, **batch, mtp=False, method="features")
@@ -195,31 +257,45 @@ def make_evaluation(
     return evaluate
 
 
-def _optimizer_of(config: RunConfig) -> optax.GradientTransformationExtraArgs:
-    return make_optimizer(config.optimizer, _trainable_kinds(config), config.train.steps)
+def _optimizer_of(
+    config: RunConfig, learners: Collection[str] = LEARNERS
+) -> optax.GradientTransformationExtraArgs:
+    kinds = split_trainable(kinds_of(param_shapes(config.model)))[0]
+    return make_optimizer(config.optimizer, kinds, learners)
 
 
-def _trainable_kinds(config: RunConfig) -> dict:
-    return split_trainable(kinds_of(param_shapes(config.model)))[0]
+def _count_targets(batch: Batch, ratio: int) -> Float[Array, " losses"]:
+    """Count the terms of each loss of `_loss_weights`.
 
-
-def _count_targets(batch: Batch) -> Float[Array, " two"]:
-    """Count the tokens predicted by the main head and by multi-token prediction."""
+    These are the tokens predicted by the main head and by multi-token prediction, 1, and the
+    tokens whose document has a complete block of `ratio` tokens, which an indexer scores.
+    """
     tokens, segments = batch["tokens"], batch.get("segment_ids")
-    return jnp.stack([jnp.sum(shifted_targets(tokens, segments, shift)[1]) for shift in (1, 2)])
+    predicted = [jnp.sum(shifted_targets(tokens, segments, shift)[1]) for shift in (1, 2)]
+    if segments is None:
+        scored = tokens.shape[0] * max(tokens.shape[1] - ratio + 1, 0)
+    else:
+        scored = jnp.sum((document_offsets(segments) >= ratio - 1) & (segments > 0))
+    return jnp.array([*predicted, 1, scored], jnp.float32)
 
 
-def _forward(model: Transformer, params: dict, batch: Batch, share: float) -> Sums:
+def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: bool) -> Sums:
     """Run the model on a micro-batch, which is this share of the batch."""
-    features = model.apply({"params": params}, **batch, method="features")
+    features = model.apply({"params": params}, **batch, mtp=mtp, method="features")
     tokens, segments = batch["tokens"], batch.get("segment_ids")
-    head, mtp = params["head"], jnp.zeros(())
+    head, mtp_nats = params["head"], jnp.zeros(())
     if features.mtp_hidden is not None:
-        mtp = token_nats(features.mtp_hidden, head, *shifted_targets(tokens, segments, 2))
+        mtp_nats = token_nats(features.mtp_hidden, head, *shifted_targets(tokens, segments, 2))
+    layers = features.layers.values()
+    lesson = Lesson(*(jnp.zeros(()) for _ in Lesson._fields))
+    for stats in layers:
+        if stats.lesson is not None:
+            lesson = jax.tree.map(lambda total, x: total + jnp.sum(x), lesson, stats.lesson)
     return Sums(
         next_token=token_nats(features.hidden, head, *shifted_targets(tokens, segments, 1)),
-        mtp=mtp,
-        balance=share * sum(jnp.sum(stats.balance_loss) for stats in features.layers.values()),
+        mtp=mtp_nats,
+        balance=share * sum(jnp.sum(stats.balance_loss) for stats in layers),
+        **lesson._asdict(),
         load={path: stats.load for path, stats in features.layers.items()},
     )
 
@@ -250,11 +326,6 @@ def _rebalance(params: dict, load: dict[str, Array], rate: float) -> dict:
         if path in flat:
             flat[path] = updated_bias(flat[path], slots, rate)
     return unflatten_dict(flat)
-
-
-def _trained_norm(gradients: dict, labels: dict) -> Float[Array, ""]:
-    kept = jax.tree.map(lambda g, label: None if label == FROZEN else g, gradients, labels)
-    return optax.tree.norm(kept)
 
 
 def _max_load(load: dict[str, Array]) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from dsv4_jax import ModelConfig, Runtime, chunks
 from dsv4_jax.attention import core, csa
 from dsv4_jax.attention.compressor import Compressor, overlap, pool
 from dsv4_jax.attention.core import all_visible, attend_hybrid, attend_window
-from dsv4_jax.attention.csa import attend_selected
+from dsv4_jax.attention.csa import attend_csa
 from dsv4_jax.attention.indexer import IndexQueries, index_scores, top_entries, top_mask
 from dsv4_jax.attention.layout import block_starts, document_offsets, entry_layout
 from dsv4_jax.config import CSA, HCA, LEARNED, WINDOW
@@ -148,7 +148,7 @@ def test_hybrid_equals_dense(ids, segment_ids, ratio):
         return attend_hybrid(
             *operands, window=WINDOW_SIZE, ratio=ratio, segment_ids=segment_ids,
             layout=layout_of(ids.shape, ratio, segment_ids), choose=all_visible,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     def dense(*operands):
         return dense_attention(*operands, *masks)
@@ -165,7 +165,7 @@ def test_queries_before_the_first_complete_block_see_their_window_alone():
         return attend_hybrid(
             *operands, window=1, ratio=16, segment_ids=None,
             layout=layout_of(ids.shape, 16, None), choose=all_visible,
-        )  # fmt: skip
+        )[0]  # fmt: skip
 
     assert_equal_functions(ours, lambda *x: dense_attention(*x, *masks), operands, ids > 0)
 
@@ -175,19 +175,27 @@ def test_queries_before_the_first_complete_block_see_their_window_alone():
 LONG = np.array([[1] * 83, [3] * 2 + [2] * 38 + [1] * 39 + [0] * 4])
 
 
-def selected(ids: np.ndarray, topk: int):
-    """Return CSA as a function of q, keys, entries, sink, with random index vectors."""
-    b, t = ids.shape
-    index = IndexQueries(
+def csa_of(ids: np.ndarray, topk: int, *, sparse: bool = True, learn: bool = False):
+    """Return CSA as a function of q, keys, entries, index vectors and sink."""
+    return functools.partial(
+        attend_csa, topk=topk, sparse=sparse, learn=learn, window=WINDOW_SIZE, ratio=RATIO,
+        layout=layout_of(ids.shape, RATIO, ids), segment_ids=ids,
+    )  # fmt: skip
+
+
+def random_index(b: int, t: int) -> IndexQueries:
+    return IndexQueries(
         normal(5, b, t, INDEX_HEADS, INDEX_WIDTH), normal(6, b, t, INDEX_HEADS),
         normal(7, b, t // RATIO, INDEX_WIDTH),
     )  # fmt: skip
 
+
+def selected(ids: np.ndarray, topk: int):
+    """Return CSA as a function of q, keys, entries, sink, with random index vectors."""
+    index = random_index(*ids.shape)
+
     def attend(q, keys, entries, sink):
-        return attend_selected(
-            q, keys, entries, index, sink, topk=topk, window=WINDOW_SIZE, ratio=RATIO,
-            layout=layout_of(ids.shape, RATIO, ids), segment_ids=ids,
-        )  # fmt: skip
+        return csa_of(ids, topk)(q, keys, entries, index, sink)[0]
 
     return attend, index
 
@@ -273,13 +281,75 @@ def test_index_has_no_gradient():
     _, index = selected(LONG, TOPK)
 
     def loss(index):
-        out = attend_selected(
-            *operands[:3], index, operands[3], topk=TOPK, window=WINDOW_SIZE, ratio=RATIO,
-            layout=layout_of(LONG.shape, RATIO, None), segment_ids=None,
-        )  # fmt: skip
-        return jnp.sum(out)
+        return jnp.sum(csa_of(LONG, TOPK)(*operands[:3], index, operands[3])[0])
 
     for gradient in quick_jit(jax.grad(loss))(index):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def dense_lesson(operands, index, token_mask, entry_mask):
+    """Return KL(attention || indexer) and the attention, by query, of whole arrays."""
+    q, keys, entries, sink = operands
+    kv = jnp.concatenate([keys, entries], axis=1)
+    mask = jnp.concatenate([token_mask, entry_mask], axis=-1)[:, :, None]
+    logits = jnp.where(mask, jnp.einsum("bqhk,bsk->bqhs", q, kv) / np.sqrt(WIDTH), -1e30)
+    sinks = jnp.broadcast_to(sink[:, None], (*q.shape[:3], 1))
+    weights = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)
+    mass = jnp.sum(weights[..., keys.shape[1] : -1], axis=2)
+    teacher = mass / jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1e-30)
+    hits = jnp.maximum(jnp.einsum("btij,bcj->btic", index.queries, index.keys), 0)
+    scores = jnp.einsum("btic,bti->btc", hits, index.head_weights)
+    learner = jax.nn.log_softmax(jnp.where(entry_mask, scores, -1e30), axis=-1)
+    terms = jax.scipy.special.xlogy(teacher, teacher) - teacher * learner
+    return jnp.sum(jnp.where(entry_mask, terms, 0), axis=-1), teacher
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_lesson_equals_dense_in_every_form(setting, sparse, monkeypatch):
+    """The divergence, its gradient, the recall; and the attention is as without the lesson."""
+    patch(monkeypatch, SETTINGS[setting])
+    operands = random_operands(*LONG.shape, ALL // RATIO)
+    index, weights = random_index(*LONG.shape), normal(8, *LONG.shape)
+    tokens, visible = dense_masks(LONG, RATIO)
+    chosen = chosen_entries(index, visible, TOPK)
+    mask = chosen if sparse else visible
+
+    def ours(index):
+        *rest, sink = operands
+        out, lesson = csa_of(LONG, TOPK, sparse=sparse, learn=True)(*rest, index, sink)
+        return jnp.sum(weights * lesson.divergence), (out, lesson)
+
+    def dense(index):
+        divergence, teacher = dense_lesson(operands, index, tokens, mask)
+        return jnp.sum(weights * divergence), (divergence, teacher)
+
+    def both(index):
+        return [jax.value_and_grad(f, has_aux=True)(index) for f in (ours, dense)]
+
+    (found, expected) = quick_jit(both)(index)
+    (_, (out, lesson)), gradient = found
+    (_, (divergence, teacher)), expected_gradient = expected
+    assert_close(lesson.divergence, divergence)
+    jax.tree.map(assert_close, gradient, expected_gradient)
+    assert_close(
+        jnp.where(LONG[..., None, None] > 0, out, 0),
+        jnp.where(LONG[..., None, None] > 0, dense_attention(*operands, tokens, mask), 0),
+    )
+    chooses = (visible.sum(-1) > TOPK) & (not sparse)
+    np.testing.assert_array_equal(lesson.choices, chooses)
+    assert_close(lesson.recall, np.where(chooses, (teacher * chosen).sum(-1), 0))
+
+
+def test_lesson_has_no_gradient_for_the_attention():
+    operands, index = random_operands(*LONG.shape, ALL // RATIO), random_index(*LONG.shape)
+
+    def loss(operands):
+        *rest, sink = operands
+        _, lesson = csa_of(LONG, TOPK, learn=True)(*rest, index, sink)
+        return jnp.sum(lesson.divergence)
+
+    for gradient in quick_jit(jax.grad(loss))(operands):
         np.testing.assert_array_equal(gradient, 0)
 
 

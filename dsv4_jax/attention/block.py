@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -17,9 +18,10 @@ from dsv4_jax.attention.cached import (
 )
 from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.core import all_visible, attend_hybrid, attend_window
-from dsv4_jax.attention.csa import attend_selected
+from dsv4_jax.attention.csa import attend_csa
 from dsv4_jax.attention.indexer import Indexer
 from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.cache import LayerCache, Span, StackedCache
 from dsv4_jax.cache_format import encode_entry, encode_index_key
 from dsv4_jax.config import CSA, WINDOW, ModelConfig, Runtime
@@ -53,8 +55,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Hidden, places: Places, cache: StackedCache | None = None
-    ) -> tuple[Hidden, LayerCache | None]:
-        """Return the output and, with a cache, the cache that has read x too."""
+    ) -> tuple[Hidden, Lesson | None, LayerCache | None]:
+        """Return the output, a learning indexer's lesson and, if any, the cache with x too.
+
+        The lesson is summed over the batch.
+        """
         c, dtype, d = self.config, x.dtype, x.shape[-1]
         heads, width, rank, groups = (
             c.num_attention_heads, c.head_dim, c.q_lora_rank, c.o_groups,
@@ -79,14 +84,16 @@ class Attention(nn.Module):
         q = constrain(rotate(q, places.at_query), "batch token heads head_width", self.runtime.mesh)
         kv = rms_norm(project("btd,dk->btk", x, w_kv, self.runtime), kv_norm, eps=c.rms_norm_eps)
         kv = rotate(kv, places.at_query)
+        lesson = kept = None
         if cache is None:
-            out, kept = self._attend(x, q_rank, q, kv, sink, places), None
+            out, lesson = self._attend(x, q_rank, q, kv, sink, places)
+            lesson = jax.tree.map(jnp.sum, lesson)
         else:
             out, kept = self._attend_cached(x, q_rank, q, kv, sink, places, cache)
         out = rotate(out, places.at_query, inverse=True)
         out = out.reshape(*out.shape[:2], groups, per_group, width)
         out = self._project_groups(out, w_o_a)
-        return project("btgo,god->btd", out, w_o_b, self.runtime).astype(dtype), kept
+        return project("btgo,god->btd", out, w_o_b, self.runtime).astype(dtype), lesson, kept
 
     def _project_groups(self, x: Float[Array, "b t g h k"], w: Float[Array, "g h k o"]) -> Array:
         """Project each group of heads by a matrix of its own."""
@@ -98,26 +105,30 @@ class Attention(nn.Module):
         ]
         return jnp.stack(groups, axis=2)
 
-    def _attend(self, x, q_rank, q, kv, sink, places: Places) -> Queries:
+    def _attend(
+        self, x, q_rank, q, kv, sink, places: Places
+    ) -> tuple[Queries, Lesson | None]:
         """Run the core of this layer's kind."""
         c = self.config
         if self.kind == WINDOW:
-            return attend_window(
+            out = attend_window(
                 q, kv, sink, window=c.sliding_window, segment_ids=places.segment_ids
             )
+            return out, None
         entries, _ = self._compressor()(x, places.layout, places.at_entry)
         common = dict(
             window=c.sliding_window, ratio=c.ratio(self.kind), layout=places.layout,
             segment_ids=places.segment_ids,
         )
         if self.kind == CSA:
+            detached = jax.lax.stop_gradient((x, q_rank))  # it learns from its own loss alone
             index, _ = self._indexer()(
-                x, q_rank, places.layout, places.at_query, places.at_entry
+                *detached, places.layout, places.at_query, places.at_entry
             )
-            if self.runtime.csa == "sparse":
-                return attend_selected(
-                    q, kv, entries, index, sink, topk=c.index_topk, **common
-                )
+            return attend_csa(
+                q, kv, entries, index, sink, topk=c.index_topk,
+                sparse=self.runtime.csa == "sparse", learn=self.runtime.index_learns, **common,
+            )
         return attend_hybrid(q, kv, entries, sink, choose=all_visible, **common)
 
     def _attend_cached(self, x, q_rank, q, kv, sink, places: Places, cache: StackedCache):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.attention.layout import EntryLayout, window_mask
+from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.chunks import map_chunks
 from dsv4_jax.shapes import Array, Bool, Entries, Float, Int, Keys, Queries, Tokens
 
@@ -32,6 +33,7 @@ class Compressed(NamedTuple):
 
     entries: Float[Array, "..."]
     mask: Bool[Array, "b z q c"]
+    scores: Float[Array, "b z q c"] | None = None  # of an indexer that is to learn from them
 
 
 class Folded(NamedTuple):
@@ -65,6 +67,9 @@ class QueryBlocks(NamedTuple):
 # From queries to the compressed entries that they attend to.
 Choose = Callable[[QueryBlocks], Compressed | Folded]
 
+# From entries with scores, and the attention that each gets, to what there is to learn of them.
+Teach = Callable[[Compressed, Float[Array, "b z q c"]], Lesson]
+
 
 def attend_window(
     q: Queries, keys: Keys, sink: Float[Array, " h"], *, window: int,
@@ -73,7 +78,7 @@ def attend_window(
     """Attend each query to the last `window` tokens of its document, itself included."""
     blocks = _to_blocks(q, keys, window, segment_ids, None, (), earlier)
     rows = q.shape[0] if earlier is None else 1
-    return _from_blocks(_attend_blocks(blocks, sink, window, None, 0, rows), q.shape[1])
+    return _from_blocks(_attend_blocks(blocks, sink, window, None, 0, rows)[0], q.shape[1])
 
 
 def attend_hybrid(
@@ -88,13 +93,15 @@ def attend_hybrid(
     segment_ids: Tokens | None,
     choose: Callable[[tuple, Entries, Bool[Array, "b z q c"]], Compressed],
     extra: tuple = (),
-) -> Queries:
+    teach: Teach | None = None,
+) -> tuple[Queries, Lesson | None]:
     """Attend each query to its window and to the compressed entries that `choose` picks for it.
 
     Args:
       ratio: tokens per entry.
       choose: from (extra of the queries, entries, mask of the visible ones) to `Compressed`.
       extra: arrays [b, t, ...] that `choose` needs, passed to it block by block.
+      teach: what an indexer learns of the chosen entries, whose scores `choose` then returns.
     """
     t = q.shape[1]
     blocks = _to_blocks(q, keys, window, segment_ids, layout, extra, None)
@@ -108,8 +115,10 @@ def attend_hybrid(
         def choose_seen(chunk: QueryBlocks, seen=seen) -> Compressed:
             return choose(chunk.extra, seen, _visible_mask(chunk, seen.shape[1]))
 
-        outs.append(_attend_blocks(stretch, sink, window, choose_seen, seen.shape[1], q.shape[0]))
-    return _from_blocks(jnp.concatenate(outs, axis=1), t)
+        outs.append(
+            _attend_blocks(stretch, sink, window, choose_seen, seen.shape[1], q.shape[0], teach)
+        )
+    return jax.tree.map(lambda *xs: _from_blocks(jnp.concatenate(xs, axis=1), t), *outs)
 
 
 def attend_cached(
@@ -124,7 +133,7 @@ def attend_cached(
       extra: arrays [b, t, ...] that `choose` needs, passed to it in `QueryBlocks.extra`.
     """
     blocks = _to_blocks(q, keys, window, None, layout, extra, earlier)
-    return _from_blocks(_attend_blocks(blocks, sink, window, choose, slots, 1), q.shape[1])
+    return _from_blocks(_attend_blocks(blocks, sink, window, choose, slots, 1)[0], q.shape[1])
 
 
 def all_visible(extra: tuple, entries: Entries, mask: Bool[Array, "b z q c"]) -> Compressed:
@@ -175,11 +184,13 @@ def attend(
     mask: Bool[Array, "b z q s"],
     compressed: Compressed | Folded | None,
     sink: Float[Array, " h"],
-) -> Float[Array, "b z q h k"]:
+) -> tuple[Float[Array, "b z q h k"], Float[Array, "b z q c"] | None]:
     """Attend: z = q kv / sqrt(k), p = exp(z) / (sum exp(z) + exp(sink_h)), o = sum p kv.
 
     The sink takes weight and gives no value. The softmax is float32; the weights meet the values
     in the dtype of q.
+
+    Returns o and, for entries with scores, the sum of their p over the heads.
 
     Source: report 2.3; fact sheet 2.3.
     """
@@ -206,7 +217,10 @@ def attend(
         shrink = jnp.exp(compressed.top - top)
         total = total + compressed.total * shrink
         out = out + compressed.out * shrink[..., None]
-    return (out / total[..., None]).astype(q.dtype)
+    mass = None
+    if isinstance(compressed, Compressed) and compressed.scores is not None:
+        mass = jnp.sum(weights[1] / total[..., None], axis=-2)
+    return (out / total[..., None]).astype(q.dtype), mass
 
 
 def _product(form: str, a: Array, b: Array) -> Array:
@@ -214,8 +228,9 @@ def _product(form: str, a: Array, b: Array) -> Array:
 
 
 def _attend_blocks(
-    blocks: QueryBlocks, sink, window: int, choose: Choose | None, entries: int, rows: int
-) -> Float[Array, "b z q h k"]:
+    blocks: QueryBlocks, sink, window: int, choose: Choose | None, entries: int, rows: int,
+    teach: Teach | None = None,
+) -> tuple[Float[Array, "b z q h k"], Lesson | None]:
     """Attend blocks of queries, as many at once as memory is meant for.
 
     Args:
@@ -227,7 +242,8 @@ def _attend_blocks(
     def attend_chunk(chunk: QueryBlocks):
         mask = window_mask(chunk.at_query, chunk.at_key, window, chunk.segments)
         compressed = None if choose is None else choose(chunk)
-        return attend(chunk.q, chunk.keys, mask, compressed, sink)
+        out, mass = attend(chunk.q, chunk.keys, mask, compressed, sink)
+        return out, None if teach is None else teach(compressed, mass)
 
     _, _, block, h, _ = blocks.q.shape
     slots = blocks.keys.shape[2] + entries

@@ -1,4 +1,4 @@
-"""Compressed sparse attention: the window and the best k of the overlapping compressed entries."""
+"""Compressed sparse attention: the window and overlapping compressed entries, all or the best k."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dsv4_jax.attention.core import Compressed, all_visible, attend_hybrid
 from dsv4_jax.attention.indexer import IndexQueries, index_scores, top_entries, top_mask
 from dsv4_jax.attention.layout import EntryLayout
+from dsv4_jax.attention.lesson import Lesson, lesson_of
 from dsv4_jax.chunks import keep
 from dsv4_jax.shapes import Array, Bool, Entries, Float, Keys, Queries, Tokens
 
@@ -18,7 +19,7 @@ from dsv4_jax.shapes import Array, Bool, Entries, Float, Keys, Queries, Tokens
 MASK_UP_TO = 4
 
 
-def attend_selected(
+def attend_csa(
     q: Queries,
     keys: Keys,
     entries: Entries,
@@ -26,34 +27,67 @@ def attend_selected(
     sink: Float[Array, " h"],
     *,
     topk: int,
+    sparse: bool,
+    learn: bool,
     window: int,
     ratio: int,
     layout: EntryLayout,
     segment_ids: Tokens | None,
-) -> Queries:
-    """Attend each query to its window and to its `topk` best visible entries by index score.
+) -> tuple[Queries, Lesson | None]:
+    """Attend each query to its window and to visible entries.
 
-    The choice has no gradient: the indexer learns from a loss of its own.
+    Args:
+      index: what the indexer asks. The choice of entries has no gradient.
+      sparse: attend to the `topk` best entries by index score, not to all.
+      learn: return what the indexer is to learn from the entries that are attended to, each
+        field [b, t].
     """
-    index = jax.lax.stop_gradient(index)
-    choose = partial(_choose, index_keys=index.keys, topk=topk)
+    choose = partial(
+        _choose, index_keys=index.keys, topk=topk if sparse else None, learn=learn
+    )
+    teach = None
+    if learn:
+        def teach(chosen: Compressed, mass: Array) -> Lesson:
+            return lesson_of(chosen.scores, chosen.mask, mass, None if sparse else topk)
     return attend_hybrid(
         q, keys, entries, sink, window=window, ratio=ratio, layout=layout,
         segment_ids=segment_ids, choose=choose, extra=(index.queries, index.head_weights),
+        teach=teach,
     )
 
 
 def _choose(
-    extra: tuple, entries: Entries, visible: Bool[Array, "b z q c"], index_keys: Array, topk: int
+    extra: tuple, entries: Entries, visible: Bool[Array, "b z q c"], index_keys: Array,
+    topk: int | None, learn: bool,
 ) -> Compressed:
-    slots = entries.shape[1]
-    if slots <= topk:
-        return all_visible(extra, entries, visible)
+    """Choose the best k entries, or all of them for None; add their scores if these are to learn.
+    """
     queries, head_weights = extra
-    scores = index_scores(queries, head_weights, index_keys[:, :slots])
+    slots = entries.shape[1]
+    index_keys = index_keys[:, :slots]
+    everything = topk is None or slots <= topk
+    if everything and not learn:
+        return all_visible(extra, entries, visible)
+    scores = index_scores(queries, head_weights, index_keys)
+    if everything:
+        return Compressed(entries, visible, scores)
+    detached = jax.lax.stop_gradient(scores)
     if slots <= MASK_UP_TO * topk:
-        packed = keep(jnp.packbits(top_mask(scores, visible, topk), axis=-1))
+        packed = keep(jnp.packbits(top_mask(detached, visible, topk), axis=-1))
         chosen = jnp.unpackbits(packed, axis=-1, count=slots).astype(bool)
-        return Compressed(entries, chosen)
-    chosen, exists = jax.tree.map(keep, top_entries(scores, visible, topk))
-    return Compressed(jax.vmap(lambda rows, i: rows[i])(entries, chosen), exists)
+        return Compressed(entries, chosen, scores if learn else None)
+    chosen, exists = jax.tree.map(keep, top_entries(detached, visible, topk))
+    gather = jax.vmap(lambda rows, i: rows[i])
+    if learn:
+        # Of the gathered keys again: so the gradient is computed for the chosen entries alone.
+        scores = _own_scores(queries, head_weights, gather(index_keys, chosen))
+    return Compressed(gather(entries, chosen), exists, scores if learn else None)
+
+
+def _own_scores(
+    queries: Float[Array, "b z q i j"], head_weights: Float[Array, "b z q i"],
+    keys: Float[Array, "b z q l j"],
+) -> Float[Array, "b z q l"]:
+    """Score each query's own entries, as `index_scores` does those that all queries share."""
+    hits = jnp.einsum("bzqij,bzqlj->bzqil", queries, keys, preferred_element_type=jnp.float32)
+    return jnp.sum(jax.nn.relu(hits) * head_weights[..., None], axis=-2)

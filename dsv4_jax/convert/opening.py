@@ -31,6 +31,7 @@ class Opened(NamedTuple):
     title: str  # of the format, for people
     config_json: dict  # a published configuration that came with it; empty for a workdir
     files: tuple[Path, ...]  # files and folders that the source consists of
+    step: int | None = None  # of a workdir's checkpoint
 
 
 def open_checkpoint(folder: Path, *, skip_mtp: bool = False) -> Opened:
@@ -79,7 +80,8 @@ def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
     steps = [int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdecimal()]
     if not steps:
         raise InputError(f"{folder / CHECKPOINTS}: expected a checkpoint, got none; train first")
-    newest = folder / CHECKPOINTS / str(max(steps))
+    step = max(steps)
+    newest = folder / CHECKPOINTS / str(step)
     try:
         check_checkpoint(newest)
     except InputError as error:
@@ -91,8 +93,8 @@ def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
         for path, leaf in open_leaves(state).items() if path.startswith(prefix)
     }
     source = _leaf_source(config, leaves, state, skip_mtp)
-    title = f"training checkpoint of step {max(steps)}"
-    return Opened(source, title, {}, (folder / CONFIG, state))
+    title = f"training checkpoint of step {step}"
+    return Opened(source, title, {}, (folder / CONFIG, state), step)
 
 
 def _model_config(folder: Path, document: dict, skip_mtp: bool) -> ModelConfig:
