@@ -28,7 +28,14 @@ from dsv4_jax import Runtime
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.compiler import compiler_options
 from dsv4_jax.flops import count_flops
-from dsv4_jax.run_config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from dsv4_jax.run_config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+)
 from dsv4_jax.train_step import init_state, make_train_step
 
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096"], "Tokens per sequence.")
@@ -42,24 +49,25 @@ def run_config(length: int, optimizer: str) -> RunConfig:
     return RunConfig(
         model=CONFIG,
         runtime=Runtime(dtype=DTYPE.value),
-        data=DataConfig(seq_len=length, batch_size=1),
+        data=DataConfig(),
+        stages=(StageConfig(tokens=1000 * length, seq_len=length, batch_tokens=length),),
         optimizer=OptimizerConfig(
             name=optimizer, learning_rate=1e-3, end_learning_rate=1e-4, warmup_steps=10,
             decay_fraction=0.1,
         ),
-        train=TrainConfig(steps=1000, eval_every=100, checkpoint_every=100),
+        train=TrainConfig(eval_every=100, checkpoint_every=100),
         mesh=MeshConfig(),
     )
 
 
 def batch_of(config: RunConfig) -> dict[str, jax.Array]:
-    shape = 1, config.data.seq_len
+    shape = 1, config.stages[0].seq_len
     return {"tokens": jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)}
 
 
 def compiled_step(config: RunConfig, state, batch):
     program = jax.jit(
-        make_train_step(config), donate_argnums=0, compiler_options=compiler_options()
+        make_train_step(config, config.stages[0]), donate_argnums=0, compiler_options=compiler_options()
     )
     return program.lower(state, batch).compile()
 
@@ -67,7 +75,7 @@ def compiled_step(config: RunConfig, state, batch):
 def measure(config: RunConfig) -> tuple[float, float, int, float]:
     """Return seconds per step, seconds to compile, temporary bytes and GFLOP."""
     batch = batch_of(config)
-    state, step = init_state(config), make_train_step(config)
+    state, step = init_state(config), make_train_step(config, config.stages[0])
     gflop = count_flops(step, state, batch).total / 1e9
     start = time.perf_counter()
     compiled = compiled_step(config, state, batch)
@@ -109,7 +117,7 @@ def print_guard(config: RunConfig) -> None:
     low = ordered[max(0, int(middle - half))]
     high = ordered[min(len(ratios) - 1, int(middle + half))]
     print(
-        f"{config.data.seq_len} tokens, {config.optimizer.name}: with the guard "
+        f"{config.stages[0].seq_len} tokens, {config.optimizer.name}: with the guard "
         f"{statistics.median(ratios):.4f} of the time without (95 %: {low:.4f} to {high:.4f}, "
         f"{len(ratios)} pairs)", flush=True,
     )
@@ -137,7 +145,7 @@ def print_saving(config: RunConfig) -> None:
         checkpoints.close()
     step = statistics.median(usual)
     print(
-        f"{config.data.seq_len} tokens, {config.optimizer.name}: a step of {step * 1e3:.0f} ms; "
+        f"{config.stages[0].seq_len} tokens, {config.optimizer.name}: a step of {step * 1e3:.0f} ms; "
         f"saving {size / 1e6:.0f} MB holds it up for {np.median(blocked[1:]) * 1e3:.0f} ms "
         f"({np.median(blocked[1:]) / step:.1%}; first time {blocked[0] * 1e3:.0f} ms); the step "
         f"beside the writing takes {np.median(after) / step:.2f} of the usual time", flush=True,

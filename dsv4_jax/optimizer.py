@@ -68,7 +68,7 @@ def make_optimizer(
         optax.masked(
             optax.clip_by_global_norm(config.clip_norm), leaves_of_learner(labels, learner)
         )
-        for learner in learners
+        for learner in LEARNERS
     )
     return optax.chain(*clips, optax.partition(transforms, labels))
 

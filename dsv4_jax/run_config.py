@@ -125,18 +125,21 @@ class StageConfig:
             self,
             ("tokens", self.tokens >= 1, "at least 1"),
             ("seq_len", self.seq_len >= 2, "at least 2: a token and its successor"),
+            ("batch_tokens", self.batch_tokens >= 1, "at least 1"),
+            ("accumulation", self.accumulation >= 1, "at least 1"),
+            ("mtp_weight", weight is None or _is_non_negative(weight), "a number of at least 0"),
+            ("learning_rate", rate is None or _is_positive(rate), "a positive number"),
+        )
+        _check_rules(
+            self,
             (
-                "batch_tokens",
-                self.batch_tokens >= 1 and self.batch_tokens % self.seq_len == 0,
+                "batch_tokens", self.batch_tokens % self.seq_len == 0,
                 f"a multiple of seq_len ({self.seq_len})",
             ),
-            ("accumulation", self.accumulation >= 1, "at least 1"),
             (
                 "accumulation", self.rows % self.accumulation == 0,
                 f"a divisor of the {self.rows} rows of a batch",
             ),
-            ("mtp_weight", weight is None or _is_non_negative(weight), "a number of at least 0"),
-            ("learning_rate", rate is None or _is_positive(rate), "a positive number"),
         )
 
     @property

@@ -30,11 +30,12 @@ def get_config(steps="4"):
             max_position_embeddings=256, num_nextn_predict_layers=0,
         ),
         "runtime": dict(remat=False),
-        "data": dict(source=r"{Path(__file__)}", tokenizer=placeholder(str), seq_len=32,
-                     batch_size=4),
+        "data": dict(source=r"{Path(__file__)}", tokenizer=placeholder(str)),
+        "stages": dict(stage1=dict(tokens=128 * int(steps), seq_len=32, batch_tokens=128,
+                                   attention="dense")),
         "optimizer": dict(learning_rate=1e-2, end_learning_rate=1e-3, warmup_steps=2,
                           decay_fraction=0.3),
-        "train": dict(steps=int(steps), eval_every=2, checkpoint_every=2),
+        "train": dict(eval_every=2, checkpoint_every=2),
         "mesh": dict(data=1, fsdp=1, expert=1, tensor=1),
     }}
     return ConfigDict(config).lock()
@@ -104,37 +105,47 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("--conifg=x", ["Unknown command line flag 'conifg'", "Did you mean: config ?", "--help"]),
     ("--workdr=x", ["Unknown command line flag 'workdr'", "Did you mean: workdir ?", "--help"]),
     ("--zzz=x", ["Unknown command line flag 'zzz'", "--help"]),
-    ("--confg.train.steps=3", ["flag 'confg.train.steps'; did you mean --config.train.steps?"]),
-    ("--configs.train.steps=3", ["flag 'configs.train.steps'; did you mean --config.train.steps?"]),
-    ("--noconfig.train.steps", ["'noconfig.train.steps'; did you mean --config.train.steps?"]),
+    ("--confg.data.seed=3", ["flag 'confg.data.seed'; did you mean --config.data.seed?"]),
+    ("--configs.data.seed=3", ["flag 'configs.data.seed'; did you mean --config.data.seed?"]),
+    ("--noconfig.data.seed", ["'noconfig.data.seed'; did you mean --config.data.seed?"]),
     ("--noconfig.runtime.remat=1", ["--noconfig.runtime.remat=1 does not take an argument"]),
     ("--flagfile=/no/such", ["Unable to open flagfile", "/no/such"]),
     ("--verbosity=loud", ["flag --verbosity=loud: "]),
     ("--config.", ["--config.: expected a known key", "known: "]),
-    ("--config..train.steps=3", ["--config.: expected a known key", "known: "]),
-    ("--config.train.steps[0]=3", ["did you mean --config.train.steps?"]),
+    ("--config..train.eval_every=3", ["--config.: expected a known key", "known: "]),
+    ("--config.train.eval_every[0]=3", ["did you mean --config.train.eval_every?"]),
     ("--config.optimiser.name=adamw", ["--config.optimiser: ", "did you mean --config.optimizer?"]),
-    ("--config.train.step=3", ["--config.train.step: ", "did you mean --config.train.steps?"]),
+    ("--config.data.sed=3", ["--config.data.sed: ", "did you mean --config.data.seed?"]),
     ("--config.train.zzz=3", ["--config.train.zzz: ", "known: ", "eval_every"]),
-    ("--config.train.steps.x=3", ["--config.train.steps.x: ", "no key below a value"]),
-    ("--config.train.steps=many", ["--config.train.steps: expected int, got 'many'", "has 4"]),
-    ("--config.train.steps=1.5", ["--config.train.steps: expected int, got '1.5'"]),
-    ("--config.train.steps=", ["--config.train.steps: expected int, got ''"]),
-    ("--config.train.steps", ["Missing value", "config.train.steps"]),
+    ("--config.stages.stage1.token=3", ["did you mean --config.stages.stage1.tokens?"]),
+    ("--config.stages.stage2.tokens=3", ["--config.stages.stage2: ", "--config.stages.stage1?"]),
+    ("--config.stages.stage1.tokens=many", ["stages.stage1.tokens: expected int, got 'many'"]),
+    ("--config.stages.stage1.tokens=0", ["stages.stage1.tokens: expected at least 1, got 0"]),
+    ("--config.stages.stage1.attention=all", ["expected one of dense, indexer, sparse"]),
+    ("--config.stages={}", ["stages: expected sections stage1, stage2", "got nothing"]),
+    ("--config.train.eval_every.x=3", ["--config.train.eval_every.x: ", "no key below a value"]),
+    ("--config.train.eval_every=many", ["eval_every: expected int, got 'many'", "has 2"]),
+    ("--config.train.eval_every=1.5", ["--config.train.eval_every: expected int, got '1.5'"]),
+    ("--config.train.eval_every=", ["--config.train.eval_every: expected int, got ''"]),
+    ("--config.train.eval_every", ["Missing value", "config.train.eval_every"]),
     ("--config.runtime.remat=maybe", ["--config.runtime.remat: expected bool, got 'maybe'"]),
     ("--config.optimizer.learning_rate=a:b", ["learning_rate: expected float, got 'a:b'"]),
     ("--config.train={}x", ["--config.train: expected ConfigDict, got '{}x'"]),
-    ("--config.train={'steps': 3}", ["train.eval_every: expected int, got nothing"]),
+    ("--config.train={'eval_every': 3}", ["train.checkpoint_every: expected int, got nothing"]),
     ("--config.model.vocab_size=1" + 20 * "0", ["model.vocab_size: expected at most 2^31 - 1"]),
     ("--config.model.layer_types=()", ["model.layer_types: expected at least one layer"]),
     ("--config.model={}", ["model.vocab_size: expected int, got nothing"]),
     ("--config.data=None", ["--config.data: expected ConfigDict, got 'None'"]),
-    ("--config.train.steps=0", ["train.steps: expected at least 1, got 0"]),
+    ("--config.train.eval_every=0", ["train.eval_every: expected at least 1, got 0"]),
     ("--config.optimizer.learning_rate=nan", ["optimizer.learning_rate: ", "got nan"]),
     ("--config.optimizer.learning_rate=inf", ["optimizer.learning_rate: ", "got inf"]),
     ("--config.model.layer_types=('cas',)", ["model.layer_types: ", "'cas'"]),
     ("--config.model.o_groups=3", ["model.o_groups: expected a divisor", "got 3"]),
-    ("--config.data.seq_len=512", ["data.seq_len: ", "max_position_embeddings (256)", "got 512"]),
+    (
+        "--config.stages.stage1={'tokens': 9, 'seq_len': 512, 'batch_tokens': 512}",
+        ["stages.stage1.seq_len: ", "max_position_embeddings (256)", "got 512"],
+    ),
+    ("--config.stages.stage1.seq_len=33", ["batch_tokens: expected a multiple of seq_len (33)"]),
     ("--config.mesh.fsdp=3", ["mesh: ", "8 devices", "fsdp 3"]),
     ("--config.mesh.data=8", ["mesh: ", "'batch' of size 4"]),
     ("--config.data.source=/no/such", ["data.source: ", "'/no/such' does not exist"]),
@@ -152,9 +163,10 @@ def test_a_bad_argument_is_refused_in_one_line(
 
 
 VALUES = runpy.run_path(str(TINY))["get_config"]().to_dict()  # by section, all keys there are
+VALUES["stages.stage1"] = VALUES.pop("stages")["stage1"]
 KEYS = [(section, name) for section, values in VALUES.items() for name in values]
 CHOSEN = [  # keys of names, and of texts that may not be empty
-    *(f"runtime.{name}" for name in ("dtype", "csa", "moe", "cache")), "optimizer.name",
+    *(f"runtime.{name}" for name in ("dtype", "moe", "cache")), "optimizer.name",
     "optimizer.muon_dtype", "data.source", "data.text_field", "data.tokenizer",
 ]
 
@@ -163,6 +175,8 @@ def bad_values(section: str, name: str) -> list[tuple]:
     """List what a key of a number, flag or name refuses, each as (key, value, parts of why)."""
     key, kind = f"{section}.{name}", type(VALUES[section][name])
     numbers = {int: (-1, 2**32), float: (-1.0, math.nan, math.inf)}.get(kind, ())
+    if name in ("tokens", "seq_len"):  # so many tokens there may be; so long a row is in no batch
+        numbers = (-1, 0)
     bad = [(key, number, [f"train.py: {key}: expected ", f", got {number}"]) for number in numbers]
     if kind in (int, float, bool):
         expected = f"train.py: --config.{key}: expected {kind.__name__}, got 'many'"
@@ -186,7 +200,9 @@ def test_every_key_refuses_bad_values(command, tmp_path, key, value, parts, reco
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("section", "name"), [*KEYS, *((None, section) for section in VALUES)])
+@pytest.mark.parametrize(("section", "name"), [
+    *KEYS, *((None, section) for section in VALUES if "." not in section), (None, "stages"),
+])
 def test_every_misspelt_key_gets_a_suggestion(command, tmp_path, section, name, record_property):
     prefix, below = f"--config.{section}." if section else "--config.", "" if section else ".x"
     for misspelt in (f"{name}{name[-1]}", f"{name[0]}{name}{name[-1]}"):  # one edit, two
@@ -269,8 +285,8 @@ def test_missing_flags_are_named(command, config_file, tmp_path, record_property
     assert_refused(command(f"--workdir={tmp_path}"), "--config: expected a value", "configs/")
     assert_refused(command(f"--config={config_file}"), "--workdir: expected a value", "folder")
     assert_refused(command(f"--config={config_file}", "--workdir="), "--workdir: expected a value")
-    assert_refused(command("--config.train.steps=3"), "expected --config=FILE before it")
-    assert_refused(command("--config.train.steps=3", f"--config={config_file}"), "put it first")
+    assert_refused(command("--config.data.seed=3"), "expected --config=FILE before it")
+    assert_refused(command("--config.data.seed=3", f"--config={config_file}"), "put it first")
     record_property(B11, 5)
 
 
@@ -319,7 +335,7 @@ def test_overrides_reach_the_config(command, launcher, config_file, tmp_path):
     arguments = (
         f"--config={config_file}:9", "--config.optimizer.learning_rate=2",
         "--config.data.tokenizer=t", "--config.runtime.remat",
-        "--config.model.layer_types=('csa', 'hca')", "--config.train.steps", "7",
+        "--config.model.layer_types=('csa', 'hca')", "--config.train.eval_every", "7",
         f"--workdir={tmp_path}",
     )
     status, error = command(*arguments, main=lambda: main(launcher["CONFIG"].value.to_dict()))
@@ -329,7 +345,7 @@ def test_overrides_reach_the_config(command, launcher, config_file, tmp_path):
     assert config["data"]["tokenizer"] == "t"
     assert config["runtime"]["remat"] is True
     assert config["model"]["layer_types"] == ("csa", "hca")
-    assert config["train"]["steps"] == 7
+    assert config["train"]["eval_every"] == 7
 
 
 def test_an_error_of_ours_keeps_its_traceback(launcher, monkeypatch, config_file, tmp_path):

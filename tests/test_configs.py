@@ -82,21 +82,24 @@ def test_tiny_has_every_part(monkeypatch):
     assert model.moe_types == ("hash",) * 3 + ("learned",) * 4
     assert model.num_nextn_predict_layers == 1
     assert model.yarn_factor > 1
-    assert config.runtime == Runtime(csa="dense")
+    assert config.runtime == Runtime()
     assert config.data.tokenizer is None
-    # Rows are long enough for compression and top-k to matter.
-    assert config.data.seq_len >= 4 * max(model.sliding_window, model.hca_ratio)
-    assert config.data.seq_len // model.csa_ratio > model.index_topk
+    stages = config.stages
+    assert [stage.attention for stage in stages] == ["dense", "dense", "indexer", "sparse"]
+    assert stages[0].seq_len < stages[-1].seq_len
+    for stage in stages:  # rows are long enough for compression and top-k to matter
+        assert stage.seq_len >= 4 * max(model.sliding_window, model.hca_ratio)
+        assert stage.seq_len // model.csa_ratio > model.index_topk
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule", "learning_rate", "batch_size"),
+    ("name", "schedule", "learning_rate", "rows", "dense", "tokens"),
     [
-        ("v4_flash", [0, 0] + [4, 128] * 20 + [4], (2.7e-4, 2.7e-5), 18_432),
-        ("v4_pro", [128, 128] + [4, 128] * 29 + [4], (2.0e-4, 2.0e-5), 23_040),
+        ("v4_flash", [0, 0] + [4, 128] * 20 + [4], (2.7e-4, 2.7e-5), 18_432, 1, 32),
+        ("v4_pro", [128, 128] + [4, 128] * 29 + [4], (2.0e-4, 2.0e-5), 23_040, 2, 33),
     ],
 )
-def test_released_schedules_and_recipes(name, schedule, learning_rate, batch_size):
+def test_released_schedules_and_recipes(name, schedule, learning_rate, rows, dense, tokens):
     config = RunConfig.from_config_dict(load(name))
     assert ratios(config.model) == schedule
     assert [kind == "hash" for kind in config.model.moe_types] == [
@@ -105,7 +108,19 @@ def test_released_schedules_and_recipes(name, schedule, learning_rate, batch_siz
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.end_learning_rate) == learning_rate
     assert optimizer.warmup_steps == 2000
-    assert (config.data.batch_size, config.data.seq_len) == (batch_size, 4096)
+    stages = config.stages
+    assert sorted({stage.seq_len for stage in stages}) == [4096, 16_384, 65_536, 1_048_576]
+    main = [stage for stage in stages if stage.attention != "indexer"]
+    sizes = [stage.batch_tokens for stage in main]
+    assert sizes == sorted(sizes) and sizes[-1] == rows * 4096
+    assert sum(stage.tokens for stage in main) == tokens * 10**12
+    assert sum(stage.tokens for stage in stages if stage.attention == "dense") == dense * 10**12
+    # Sparse from the indexer's warm-up on, at 64K tokens, and never dense again.
+    modes = [stage.attention for stage in stages]
+    begins = modes.index("indexer")
+    assert modes == ["dense"] * begins + ["indexer"] + ["sparse"] * (len(modes) - begins - 1)
+    assert stages[begins].seq_len == stages[begins + 1].seq_len == 65_536
+    assert (stages[begins].steps, stages[begins].learning_rate) == (1000, 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_training_goes_on_from_an_import(tmp_path):
         "model": dataclasses.asdict(FLASH_LIKE) | {
             "layer_types": list(FLASH_LIKE.layer_types), "moe_types": list(FLASH_LIKE.moe_types)
         },
-        "data": {"seq_len": 16, "batch_size": 2},
+        "stages": {"stage1": {"tokens": 32, "seq_len": 16, "batch_tokens": 32}},
         "optimizer": {"learning_rate": 3e-3, "end_learning_rate": 3e-4, "warmup_steps": 1,
                       "decay_fraction": 0.1},
         "train": {"steps": 10, "eval_every": 10, "checkpoint_every": 10},

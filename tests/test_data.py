@@ -19,6 +19,7 @@ import pytest
 from dsv4_jax.corpus import read_corpus
 from dsv4_jax.data import (
     TOKENS_FILE,
+    DocumentOrder,
     Documents,
     Pieces,
     baseline_bits_per_byte,
@@ -28,7 +29,7 @@ from dsv4_jax.data import (
     prepare_corpus,
 )
 from dsv4_jax.errors import InputError
-from dsv4_jax.run_config import DataConfig
+from dsv4_jax.run_config import DataConfig, StageConfig
 from dsv4_jax.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 300
@@ -54,11 +55,16 @@ def folder(tmp_path_factory):
     return root
 
 
+def stage_of(steps: int = 1, seq_len: int = SEQ_LEN, rows: int = 8) -> StageConfig:
+    return StageConfig(tokens=steps * seq_len * rows, seq_len=seq_len, batch_tokens=seq_len * rows)
+
+
+ONE = (stage_of(),)  # the last stage, here the only one, has no end
+
+
 @pytest.fixture(scope="module")
 def config(folder):
-    return DataConfig(
-        source=str(folder), seq_len=SEQ_LEN, batch_size=8, held_out_fraction=0.1, seed=3
-    )
+    return DataConfig(source=str(folder), held_out_fraction=0.1, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +75,17 @@ def corpus(config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stream(corpus, config):
     """The batches of the first epochs and the iterator's state before each and after the last."""
-    iterator = make_train_iterator(corpus, config)
+    iterator = make_train_iterator(corpus, config, ONE)
     states, batches = [iterator.get_state()], []
-    for _ in range(EPOCHS * batches_per_epoch(corpus, config)):
+    for _ in range(EPOCHS * batches_per_epoch(corpus)):
         batches.append(next(iterator))
         states.append(iterator.get_state())
     return batches, states
 
 
-def batches_per_epoch(corpus, config) -> int:
-    tokens = sum(len(piece) for piece in all_pieces(corpus.train, config.seq_len))
-    return -(-tokens // (config.seq_len * config.batch_size))
+def batches_per_epoch(corpus) -> int:
+    tokens = sum(len(piece) for piece in all_pieces(corpus.train, SEQ_LEN))
+    return -(-tokens // ONE[0].batch_tokens)
 
 
 def all_pieces(documents: Documents, seq_len: int) -> list[np.ndarray]:
@@ -126,11 +132,11 @@ def take(iterator, count):
 # Packing
 
 
-def test_rows_are_well_formed(stream, config):
+def test_rows_are_well_formed(stream):
     for batch in stream[0]:
         assert set(batch) == {"tokens", "segment_ids", "positions"}
         for array in batch.values():
-            assert array.shape == (config.batch_size, SEQ_LEN)
+            assert array.shape == (8, SEQ_LEN)
             assert array.dtype == np.int32
         for tokens, ids, positions in zip(
             batch["tokens"], batch["segment_ids"], batch["positions"], strict=True
@@ -189,21 +195,21 @@ def test_epochs_differ_in_order(stream):
 
 def test_same_seed_same_stream(stream, corpus, config):
     batches, _ = stream
-    assert_same(take(make_train_iterator(corpus, config), len(batches)), batches)
+    assert_same(take(make_train_iterator(corpus, config, ONE), len(batches)), batches)
 
 
 def test_other_seed_other_stream(stream, corpus, config):
     other = dataclasses.replace(config, seed=config.seed + 1)
-    assert segments(take(make_train_iterator(corpus, other), 2)) != segments(stream[0][:2])
+    assert segments(take(make_train_iterator(corpus, other, ONE), 2)) != segments(stream[0][:2])
 
 
 @pytest.mark.faults
 def test_resume_at_every_batch(stream, corpus, config, record_property):
     batches, states = stream
-    iterator = make_train_iterator(corpus, config)
+    iterator = make_train_iterator(corpus, config, ONE)
     ahead = 9  # batches that are compared after each resume: more than one group of packed rows
     assert len(batches) >= RESUMED + ahead
-    assert RESUMED > 2 * batches_per_epoch(corpus, config)  # so that ends of epochs are among them
+    assert RESUMED > 2 * batches_per_epoch(corpus)  # so that ends of epochs are among them
     for step, state in enumerate(states[:RESUMED]):
         iterator.set_state(json.loads(json.dumps(state)))
         assert_same(take(iterator, ahead), batches[step : step + ahead])
@@ -218,7 +224,7 @@ def test_resume_of_a_resume(stream, corpus, config, record_property):
         step = choose.randrange(RESUMED)
         state = states[step]
         for _ in range(1 + 2 + number % 2):  # the first, and two or three in a row after it
-            iterator = make_train_iterator(corpus, config)
+            iterator = make_train_iterator(corpus, config, ONE)
             iterator.set_state(state)
             assert iterator.get_state() == state
             count = choose.randrange(4)
@@ -233,17 +239,17 @@ def test_resume_through_orbax(stream, corpus, config, tmp_path):
     size = len(batches) // EPOCHS
     steps = (0, 3, size - 1, size + 2)
     with ocp.CheckpointManager(tmp_path.absolute()) as manager:
-        iterator = make_train_iterator(corpus, config)
+        iterator = make_train_iterator(corpus, config, ONE)
         for step in range(steps[-1] + 1):
             if step in steps:
-                args = ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator))
+                args = ocp.args.Composite(data=ocp.args.JsonSave(iterator.get_state()))
                 manager.save(step, args=args)
             next(iterator)
         manager.wait_until_finished()
         for step in steps:
-            resumed = make_train_iterator(corpus, config)
-            args = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed))
-            manager.restore(step, args=args)
+            resumed = make_train_iterator(corpus, config, ONE)
+            args = ocp.args.Composite(data=ocp.args.JsonRestore())
+            resumed.set_state(manager.restore(step, args=args)["data"])
             expected = batches[step : step + 9]
             assert_same(take(resumed, len(expected)), expected)
 
@@ -254,7 +260,7 @@ def test_global_batches_do_not_depend_on_the_hosts(stream, corpus, config, hosts
     count, resumed_at = 12, 5
     shards = []
     for host in range(hosts):
-        iterator = make_train_iterator(corpus, config, shard_index=host, shard_count=hosts)
+        iterator = make_train_iterator(corpus, config, ONE, shard_index=host, shard_count=hosts)
         shards.append(take(iterator, count))
         assert iterator.get_state() == states[count]  # so hosts may also change on a resume
         iterator.set_state(states[resumed_at])
@@ -274,11 +280,11 @@ def joined(shards: list[list]) -> list:
 @pytest.mark.parametrize(("before", "after"), [*itertools.permutations([1, 2, 4, 8], 2)])
 def test_another_number_of_hosts_goes_on(stream, corpus, config, before, after, record_property):
     batches, _ = stream
-    saved_at, ahead = batches_per_epoch(corpus, config) - 5, 10  # across the end of an epoch
+    saved_at, ahead = batches_per_epoch(corpus) - 5, 10  # across the end of an epoch
 
     def hosts(count):
         return [
-            make_train_iterator(corpus, config, shard_index=host, shard_count=count)
+            make_train_iterator(corpus, config, ONE, shard_index=host, shard_count=count)
             for host in range(count)
         ]
 
@@ -296,14 +302,13 @@ def test_another_number_of_hosts_goes_on(stream, corpus, config, before, after, 
 @pytest.mark.faults
 def test_a_state_of_other_data_is_refused(stream, corpus, config, record_property):
     state = stream[1][4]
-    for name, change in (("data.seed", {"seed": 4}), ("data.seq_len", {"seq_len": 32})):
-        iterator = make_train_iterator(corpus, dataclasses.replace(config, **change))
-        with pytest.raises(ValueError, match=f"{name}: expected .* as in the checkpoint, got"):
-            iterator.set_state(state)
+    reseeded = make_train_iterator(corpus, dataclasses.replace(config, seed=4), ONE)
+    with pytest.raises(ValueError, match="data.seed: expected .* as in the checkpoint, got"):
+        reseeded.set_state(state)
     other = dataclasses.replace(corpus, train=corpus.train[1:])
     with pytest.raises(ValueError, match="data.source .*: expected .* as in the checkpoint"):
-        make_train_iterator(other, config).set_state(state)
-    record_property(F11, 3)
+        make_train_iterator(other, config, ONE).set_state(state)
+    record_property(F11, 2)
 
 
 @pytest.mark.faults
@@ -328,7 +333,7 @@ def test_another_tokenizer_is_named_before_its_tokens(
             vocab_size=VOCAB_SIZE, workdir=tmp_path,
         )
         with pytest.raises(InputError, match=f"^{re.escape(names[0])}: expected .*, got .*; resu"):
-            make_train_iterator(changed, config).set_state(state)
+            make_train_iterator(changed, config, ONE).set_state(state)
     record_property(F11, len(others))
 
 
@@ -362,7 +367,7 @@ def test_a_source_changed_since_the_checkpoint_is_refused(
 
     def iterator():
         corpus = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=workdir)
-        return make_train_iterator(corpus, config)
+        return make_train_iterator(corpus, config, ONE)
 
     first = iterator()
     take(first, 3)
@@ -379,7 +384,7 @@ def test_a_document_longer_than_a_row_is_cut(tmp_path, characters, record_proper
     """With BOS and EOS, and one token in each of two pieces, around one, two and many rows."""
     for name, text in (("a", characters * "漢"), ("b", "x")):
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    config = DataConfig(source=str(tmp_path), seq_len=SEQ_LEN, batch_size=8)
+    config = DataConfig(source=str(tmp_path))
     corpus = prepare_corpus(config, vocab_size=258, workdir=tmp_path / "run")
     documents = each_document(corpus.train) + each_document(corpus.held_out)
     assert {len(document) for document in documents} == {3 * characters + 2, 3}
@@ -387,22 +392,143 @@ def test_a_document_longer_than_a_row_is_cut(tmp_path, characters, record_proper
         pieces = all_pieces(part, SEQ_LEN)
         assert max(map(len, pieces)) <= SEQ_LEN
         assert bigrams(pieces) == bigrams(each_document(part))
-    batch = next(make_train_iterator(corpus, config))
+    batch = next(make_train_iterator(corpus, config, ONE))
     assert batch["tokens"].shape == (8, SEQ_LEN)
     record_property(B12, 1)
 
 
 def test_hosts_must_divide_the_batch(corpus, config):
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 hosts, got 8"):
-        make_train_iterator(corpus, config, shard_count=3)
+    with pytest.raises(ValueError, match="stages: expected a multiple of the 3 hosts, got b"):
+        make_train_iterator(corpus, config, ONE, shard_count=3)
+
+
+# Stages
+
+# Rows of three lengths; the second one begins in the middle of an epoch and spans more than one.
+STAGES = (stage_of(7, 16), stage_of(24, 40, 4), stage_of(3, 8))
+
+
+@pytest.fixture(scope="module")
+def staged(corpus, config):
+    """The batches of all stages and some more, and the states as in `stream`."""
+    iterator = make_train_iterator(corpus, config, STAGES)
+    states, batches = [iterator.get_state()], []
+    for _ in range(sum(stage.steps for stage in STAGES) + 20):
+        batches.append(next(iterator))
+        states.append(iterator.get_state())
+    return batches, states
+
+
+def test_stages_have_their_rows_and_the_last_has_no_end(staged):
+    shapes = [batch["tokens"].shape for batch in staged[0]]
+    assert shapes == [(8, 16)] * 7 + [(4, 40)] * 24 + [(8, 8)] * (3 + 20)
+
+
+@pytest.mark.faults
+def test_resume_at_every_batch_of_every_stage(staged, corpus, config, record_property):
+    batches, states = staged
+    iterator = make_train_iterator(corpus, config, STAGES)
+    ahead = 4
+    for step, state in enumerate(states[:-ahead]):
+        iterator.set_state(json.loads(json.dumps(state)))
+        assert_same(take(iterator, ahead), batches[step : step + ahead])
+    record_property(F4, len(states) - ahead)
+
+
+@pytest.mark.faults
+def test_stages_go_on_on_other_hosts(staged, corpus, config, record_property):
+    batches, states = staged
+    for hosts in (2, 4):
+        shards = []
+        for host in range(hosts):
+            iterator = make_train_iterator(
+                corpus, config, STAGES, shard_index=host, shard_count=hosts
+            )
+            iterator.set_state(states[5])
+            shards.append(take(iterator, 30))
+            assert iterator.get_state() == states[35]
+        assert_same(joined(shards), batches[5:35])
+    record_property(F10, 2)
+
+
+def documents_seen(corpus, batches) -> collections.Counter:
+    """Count in how many segments the beginning of each document is."""
+    begins = [tuple(d[:6].tolist()) for d in each_document(corpus.train)]
+    assert len(set(begins)) == len(begins)
+    seen = collections.Counter(segment[:6] for segment in segments(batches))
+    return collections.Counter({begin: seen[begin] for begin in begins})
+
+
+def test_no_document_comes_twice_before_all_came_once(corpus, config):
+    """Two stages share an epoch; what packing leaves over of a stage is all that is missing."""
+    tokens = len(corpus.train.tokens)
+    stages = tuple(
+        StageConfig(tokens=tokens * part // 8, seq_len=length, batch_tokens=2 * length)
+        for part, length in ((3, 16), (4, 64), (7, 16))
+    )
+    iterator = make_train_iterator(corpus, config, stages)
+    two = take(iterator, stages[0].steps + stages[1].steps)
+    seen = documents_seen(corpus, two)
+    assert set(seen.values()) == {0, 1}
+    assert sum(seen.values()) == pytest.approx(7 / 8 * len(seen), rel=0.1)
+    longer = documents_seen(corpus, take(iterator, stages[2].steps))
+    unseen = {begin for begin, count in seen.items() if count == 0}
+    # The third stage begins with the eighth that is left, then shuffles the next epoch.
+    assert sum(longer[begin] > 0 for begin in unseen) > 0.5 * len(unseen)
+    assert max(longer.values()) <= 2
+
+
+def test_the_order_of_documents_is_read_by_tokens(corpus):
+    order = DocumentOrder(corpus.train, seed=5)
+    lengths, count = np.diff(corpus.train.starts), len(corpus.train)
+    ahead = np.concatenate([order.epoch(epoch) for epoch in range(4)])
+    assert all(sorted(order.epoch(epoch)) == list(range(count)) for epoch in range(3))
+    read = np.cumsum(lengths[ahead])
+    choose = random.Random(0)
+    for _ in range(200):
+        place, tokens = choose.randrange(count), choose.randrange(1, 2 * len(corpus.train.tokens))
+        before = read[place - 1] if place else 0
+        found = order.after(place, tokens)
+        assert read[found - 1] - before >= tokens > (read[found - 2] - before if found > 1 else 0)
+    assert order.after(3, 0) == 3
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("step", "stages", "message"), [
+    (3, (stage_of(7, 32), *STAGES[1:]), r"stages.stage1.seq_len: expected 16, .* got 32"),
+    (3, (stage_of(7, 16, 4), *STAGES[1:]), r"stages.stage1.batch_tokens: expected 128, .* got 64"),
+    (3, (stage_of(30), *STAGES[1:]), r"stages.stage1 \(its documents\): expected \[0, "),
+    (9, (stage_of(6), *STAGES[1:]), r"stages: expected 7 steps before stage2, .* got 6"),
+    (9, STAGES[:1], r"stages: expected 7 steps before stage2, .* in 1 stages; change only stages"),
+])
+def test_stages_that_have_begun_may_not_change(
+    staged, corpus, config, step, stages, message, record_property
+):
+    with pytest.raises(InputError, match=message):
+        make_train_iterator(corpus, config, stages).set_state(staged[1][step])
+    record_property(F11, 1)
+
+
+def test_stages_that_have_not_begun_may_change(staged, corpus, config):
+    """Also at the end of a stage, and where that was the last one."""
+    _, states = staged
+    changed = (STAGES[0], stage_of(5, 24))
+    expected = take(make_train_iterator(corpus, config, changed), 9)
+    iterator = make_train_iterator(corpus, config, changed)
+    iterator.set_state(states[7])
+    assert_same(take(iterator, 2), expected[7:])
+    alone = make_train_iterator(corpus, config, STAGES[:1])
+    take(alone, 7)
+    iterator.set_state(alone.get_state())
+    assert_same(take(iterator, 2), expected[7:])
 
 
 # The held-out part
 
 
 def test_held_out_scores_every_token_once(corpus, config):
-    batches = held_out_batches(corpus, config, rows=6)
-    assert_same(batches, held_out_batches(corpus, config, rows=6))
+    batches = held_out_batches(corpus, config, seq_len=SEQ_LEN, rows=6)
+    assert_same(batches, held_out_batches(corpus, config, seq_len=SEQ_LEN, rows=6))
     for batch in batches:
         assert all(array.shape == (6, SEQ_LEN) for array in batch.values())
         assert all(array.dtype == np.int32 for array in batch.values())
@@ -413,9 +539,9 @@ def test_held_out_scores_every_token_once(corpus, config):
 
 
 def test_held_out_rows_of_hosts(corpus, config):
-    whole = held_out_batches(corpus, config, rows=6)
+    whole = held_out_batches(corpus, config, seq_len=SEQ_LEN, rows=6)
     halves = [
-        held_out_batches(corpus, config, rows=6, shard_index=i, shard_count=2) for i in range(2)
+        held_out_batches(corpus, config, seq_len=SEQ_LEN, rows=6, shard_index=i, shard_count=2) for i in range(2)
     ]
     assert_same(joined(halves), whole)
 
@@ -436,9 +562,7 @@ def test_held_out_bytes_bound(config, limit, tmp_path):
 
 def test_held_out_bytes_without_room(tmp_path):
     (tmp_path / "a.txt").write_text("漢字" * 50, encoding="utf-8")
-    config = DataConfig(
-        source=str(tmp_path / "a.txt"), seq_len=SEQ_LEN, batch_size=8, held_out_bytes=2
-    )
+    config = DataConfig(source=str(tmp_path / "a.txt"), held_out_bytes=2)
     with pytest.raises(ValueError, match="data.held_out_bytes: expected room for a character"):
         prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
 

@@ -247,7 +247,7 @@ def test_the_config_learns_to_retrieve_through_compressed_entries_alone(tmp_path
     config = RunConfig.from_config_dict(read_config_file(str(ROOT / "configs" / "needle.py")))
     train(config, tmp_path / "run")
     model = open_model(tmp_path / "run")
-    trained, depths = config.data.seq_len, (0.0, 0.5)
+    trained, depths = config.stages[0].seq_len, (0.0, 0.5)
 
     def shares(model: ServedModel, length: int) -> list[float]:
         rows = measure_retrieval(model, (length,), depths, 50, batch_tokens=8192)

@@ -31,7 +31,6 @@ def make_config(**changes):
         name="muon", learning_rate=0.1, end_learning_rate=0.01, warmup_steps=0,
         decay_fraction=0.0, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-20,
         muon_momentum=0.95, muon_rms=0.18, muon_dtype="float32", clip_norm=1e9,
-        train_indexer=False,
     )
     return SimpleNamespace(**{**fields, **changes})
 
@@ -73,12 +72,12 @@ def numpy_muon(weight, gradients):
     return weight
 
 
-def run(transform, weights, gradients):
+def run(transform, weights, gradients, **extra):
     """Apply one update for each gradient tree and return the weights and the last state."""
     update = jax.jit(transform.update)
     state = transform.init(weights)
     for gradient in gradients:
-        updates, state = update(gradient, state, weights)
+        updates, state = update(gradient, state, weights, **extra)
         weights = optax.apply_updates(weights, updates)
     return weights, state
 
@@ -195,8 +194,8 @@ def test_muon_refuses_kinds_that_are_no_matrix(bad):
 def test_zero_gradients_give_decay_alone():
     weights, axis_kinds = small_model()
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    transform = optimizer.make_optimizer(make_config(train_indexer=True), axis_kinds, steps=10)
-    result, _ = run(transform, weights, [zeros, zeros])
+    transform = optimizer.make_optimizer(make_config(), axis_kinds)
+    result, _ = run(transform, weights, [zeros, zeros], learning_rate=RATE)
     for before, after in zip(jax.tree.leaves(weights), jax.tree.leaves(result), strict=True):
         assert close(after, np.asarray(before) * (1 - RATE * DECAY) ** 2, ROUNDING)
 
@@ -205,8 +204,10 @@ def test_adamw_equals_numpy_and_is_finite_for_vanishing_gradients():
     weight = normal(9, 5)
     scale = jnp.array([1.0, 1e-10, 1e-19, 1e-25, 0.0])  # squares underflow from 1e-19 down
     gradients = [normal(10 + i, 5) * scale for i in range(3)]
-    transform = optimizer.make_optimizer(make_config(), {"norm": kinds("embed")}, steps=10)
-    result, _ = run(transform, {"norm": weight}, [{"norm": g} for g in gradients])
+    transform = optimizer.make_optimizer(make_config(), {"norm": kinds("embed")})
+    result, _ = run(
+        transform, {"norm": weight}, [{"norm": g} for g in gradients], learning_rate=RATE
+    )
 
     expected, first, second = np.asarray(weight, np.float64), 0.0, 0.0
     for count, gradient in enumerate(np.asarray(gradients, np.float64), start=1):
@@ -221,26 +222,26 @@ def test_adamw_equals_numpy_and_is_finite_for_vanishing_gradients():
 
 def test_leaves_are_split_as_the_report_says():
     _, axis_kinds = small_model()
+    muon, adamw = "model muon", "model adamw"
     expected = {
-        "embedding": "adamw",
-        "head": "adamw",
+        "embedding": adamw,
+        "head": adamw,
         "pairs": {
-            "norm": "adamw", "fn": "muon", "sink": "adamw", "ape": "adamw", "experts": "muon",
-            "indexer": {"w_q": "frozen", "ape": "frozen"},
+            "norm": adamw, "fn": muon, "sink": adamw, "ape": adamw, "experts": muon,
+            "indexer": {"w_q": "indexers muon", "ape": "indexers adamw"},
         },
     }
     assert optimizer.label_leaves(axis_kinds, make_config()) == expected
-    expected["pairs"]["indexer"] = {"w_q": "muon", "ape": "adamw"}
-    assert optimizer.label_leaves(axis_kinds, make_config(train_indexer=True)) == expected
     labels = optimizer.label_leaves(axis_kinds, make_config(name="adamw"))
-    assert labels["pairs"]["experts"] == "adamw"
-    assert labels["pairs"]["indexer"]["w_q"] == "frozen"
+    assert labels["pairs"]["experts"] == adamw
+    assert labels["pairs"]["indexer"]["w_q"] == "indexers adamw"
 
 
 def test_each_leaf_is_updated_by_its_own_rule():
     weights, axis_kinds = small_model()
     gradients = waves(weights, steps=3)
-    result, _ = run(optimizer.make_optimizer(make_config(), axis_kinds, 10), weights, gradients)
+    transform = optimizer.make_optimizer(make_config(), axis_kinds, ("model",))
+    result, _ = run(transform, weights, gradients, learning_rate=RATE)
     adamw = optax.adamw(RATE, b1=0.9, b2=0.95, eps=1e-20, weight_decay=DECAY)
     by_adamw, _ = run(adamw, weights, gradients)
 
@@ -259,7 +260,8 @@ def test_each_leaf_is_updated_by_its_own_rule():
         assert np.array_equal(before, after)
 
     everything_by_adamw, _ = run(
-        optimizer.make_optimizer(make_config(name="adamw"), axis_kinds, 10), weights, gradients
+        optimizer.make_optimizer(make_config(name="adamw"), axis_kinds), weights, gradients,
+        learning_rate=RATE,
     )
     assert close(
         everything_by_adamw["pairs"]["experts"], np.asarray(by_adamw["pairs"]["experts"]), ROUNDING
@@ -268,12 +270,13 @@ def test_each_leaf_is_updated_by_its_own_rule():
 
 def test_state_is_one_float32_moment_for_muon_and_two_for_adamw():
     weights, axis_kinds = small_model()
-    transform = optimizer.make_optimizer(make_config(), axis_kinds, 10)
+    transform = optimizer.make_optimizer(make_config(), axis_kinds)
     state = jax.eval_shape(transform.init, weights)
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
-    by_muon = [weights["pairs"][name].shape for name in ("fn", "experts")]
+    indexer = weights["pairs"]["indexer"]
+    by_muon = [weights["pairs"][name].shape for name in ("fn", "experts")] + [indexer["w_q"].shape]
     by_adamw = [weights["pairs"][name].shape for name in ("norm", "sink", "ape")]
-    by_adamw += [weights[name].shape for name in ("embedding", "head")]
+    by_adamw += [weights[name].shape for name in ("embedding", "head")] + [indexer["ape"].shape]
     assert sorted(leaf.shape for leaf in arrays) == sorted(by_muon + 2 * by_adamw)
     assert {leaf.dtype for leaf in arrays} == {jnp.dtype("float32")}
     # optax finds the moments of each parameter, so shardings can be mapped onto the state.
@@ -281,7 +284,28 @@ def test_state_is_one_float32_moment_for_muon_and_two_for_adamw():
     assert jax.tree.leaves(marked).count("moment") == len(arrays)
 
 
-def test_clipping_uses_the_norm_of_the_trained_leaves():
+@pytest.mark.parametrize("learners", [("model",), ("indexers",)])
+def test_who_rests_keeps_weights_and_moments_bit_by_bit(learners):
+    weights, axis_kinds = small_model()
+    gradients = waves(weights, steps=2)
+    before, state = run(
+        optimizer.make_optimizer(make_config(), axis_kinds), weights, gradients[:1],
+        learning_rate=RATE,
+    )
+    transform = optimizer.make_optimizer(make_config(), axis_kinds, learners)
+    assert jax.tree.structure(transform.init(weights)) == jax.tree.structure(state)
+    updates, after = transform.update(gradients[1], state, before, learning_rate=RATE)
+    labels = optimizer.label_leaves(axis_kinds, make_config())
+    learns = optimizer.leaves_of_learner(labels, learners[0])
+    for moved, update in zip(jax.tree.leaves(learns), jax.tree.leaves(updates), strict=True):
+        assert update.any() == moved
+    for label in set(jax.tree.leaves(labels)):
+        old, new = (s[-1].inner_states[label] for s in (state, after))
+        same = jax.tree.map(np.array_equal, jax.tree.leaves(old), jax.tree.leaves(new))
+        assert any(same) != label.startswith(learners) and all(same) != label.startswith(learners)
+
+
+def test_clipping_uses_the_norm_of_each_learners_leaves():
     weights, axis_kinds = small_model()
     gradients = jax.tree.map(jnp.ones_like, weights)
     gradients["pairs"]["indexer"] = jax.tree.map(
@@ -290,8 +314,8 @@ def test_clipping_uses_the_norm_of_the_trained_leaves():
     trained = sum(w.size for w in jax.tree.leaves(weights)) - 4 * 2 * 3 - 4 * 8
 
     def first_moment(clip_norm):
-        transform = optimizer.make_optimizer(make_config(clip_norm=clip_norm), axis_kinds, 10)
-        _, state = run(transform, weights, [gradients])
+        transform = optimizer.make_optimizer(make_config(clip_norm=clip_norm), axis_kinds)
+        _, state = run(transform, weights, [gradients], learning_rate=RATE)
         [moment] = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2, 3, 4, 5)]
         return moment
 
@@ -312,14 +336,14 @@ def test_schedule_at_its_borders():
     assert constant(0) == constant(99) == pytest.approx(0.1)
 
 
-def test_the_schedule_drives_the_updates():
-    config = make_config(learning_rate=1.0, warmup_steps=4, weight_decay=0.0)
+def test_the_learning_rate_of_a_step_scales_its_updates():
+    config = make_config(weight_decay=0.0)
     for name, signature in (("w", "i -> o"), ("norm", "i o")):
-        transform = optimizer.make_optimizer(config, {name: kinds(signature)}, steps=10)
+        transform = optimizer.make_optimizer(config, {name: kinds(signature)})
         gradient = {name: normal(11, 4, 12)}
         state, update, sizes = transform.init(gradient), jax.jit(transform.update), []
-        for _ in range(3):
-            updates, state = update(gradient, state, gradient)
+        for rate in (1.0, 2.0, 3.0):
+            updates, state = update(gradient, state, gradient, learning_rate=rate)
             sizes.append(np.linalg.norm(updates[name]))
         assert np.allclose(np.array(sizes) / sizes[0], [1, 2, 3], rtol=ROUNDING), name
 

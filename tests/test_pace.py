@@ -48,7 +48,8 @@ def open_log():
 
 def test_phases_tokens_and_goodput(clock, open_log, tmp_path):
     log = open_log(tmp_path, 0)
-    pace = Pace(log, flops=8 * 10**12, started=time.time() - 6)
+    pace = Pace(log, started=time.time() - 6)
+    pace.flops = 8 * 10**12
     for _ in range(2):
         clock.spend(pace, STEP, 1.5)
         clock.spend(pace, DATA, 0.5)
@@ -65,7 +66,7 @@ def test_phases_tokens_and_goodput(clock, open_log, tmp_path):
     log.metrics(2, values)
 
     clock.now += 10  # the run was down, and what it did after step 2 is lost
-    again = Pace(open_log(tmp_path, 2), flops=0, started=time.time())
+    again = Pace(open_log(tmp_path, 2), started=time.time())
     clock.spend(again, STEP, 4)
     again.step()
     values = again.values(tokens=100)
@@ -74,7 +75,8 @@ def test_phases_tokens_and_goodput(clock, open_log, tmp_path):
 
 def test_mfu_is_of_the_device_s_peak(clock, open_log, tmp_path, monkeypatch):
     monkeypatch.setattr(pacing, "peak_flops", lambda kind: 4e12)
-    pace = Pace(open_log(tmp_path, 0), flops=8 * 10**12, started=time.time())
+    pace = Pace(open_log(tmp_path, 0), started=time.time())
+    pace.flops = 8 * 10**12
     clock.spend(pace, STEP, 1)
     pace.step()
     assert pace.values(tokens=1)["speed/mfu"] == pytest.approx(8 / 8 / 4)

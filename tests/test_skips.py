@@ -100,7 +100,7 @@ def test_without_the_guard_a_bad_batch_ruins_the_state(config, step):
     tokens = np.full((4, 32), NAN_GRADIENT, np.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "token_nats", poisoned(train_step.token_nats))
-        take = quick_jit(train_step.make_train_step(unguarded))
+        take = quick_jit(train_step.make_train_step(unguarded, unguarded.stages[0]))
         state, _ = take(train_step.init_state(config), {"tokens": tokens})
     assert np.isnan(state.params["head"]).all()
 
@@ -111,8 +111,8 @@ class Spoiler:
     def __init__(self, step: int, leaf: tuple[str, ...]):
         self.step, self.leaf, self.original = step, leaf, training._compile_step
 
-    def __call__(self, run, state, batch):
-        program, flops = self.original(run, state, batch)
+    def __call__(self, run, stage, state, batch):
+        program, flops = self.original(run, stage, state, batch)
 
         def take(state, batch):
             if int(state.step) == self.step - 1:

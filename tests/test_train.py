@@ -290,14 +290,15 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, compile
     tokens = choose.integers(0, MODEL["vocab_size"], segment_ids.shape).astype(np.int32)
     moments, losses = [], []
     for parts in (1, 2):
-        sections = sections_of(source, accumulation=parts)
+        sections = sections_of(source)
+        sections["stages"]["stage1"]["accumulation"] = parts
         sections["optimizer"] |= {"name": "adamw", "clip_norm": 1e9}
         sections["model"] = {
             **MODEL, "layer_types": ["window"], "moe_types": ["learned"],
             "num_nextn_predict_layers": 1,
         }
         config = RunConfig.from_config_dict(sections)
-        step = jax.jit(make_train_step(config))
+        step = jax.jit(make_train_step(config, config.stages[0]))
         state, metrics = step(init_state(config), {"tokens": tokens, "segment_ids": segment_ids})
         leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
         moments.append({path_name(p): np.asarray(x) for p, x in leaves if "/mu/" in path_name(p)})

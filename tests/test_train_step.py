@@ -28,14 +28,17 @@ CONFIG = RunConfig.from_config_dict({
         "max_position_embeddings": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 8, "hc_mult": 2, "hc_sinkhorn_iters": 3,
     },
-    "runtime": {"csa": "dense"},
-    "data": {"seq_len": 16, "batch_size": 2},
+    "stages": {
+        "stage1": {
+            "tokens": STEPS * 32, "seq_len": 16, "batch_tokens": 32, "attention": "dense",
+        },
+    },
     "optimizer": {
         "name": "adamw", "learning_rate": 1e-3, "end_learning_rate": 1e-4, "warmup_steps": 1,
         "decay_fraction": 1 - DECAY_START / STEPS, "clip_norm": 1e9,
     },
     "train": {
-        "steps": STEPS, "eval_every": 10, "checkpoint_every": 10, "mtp_weight": MTP_WEIGHT,
+        "eval_every": 10, "checkpoint_every": 10, "mtp_weight": MTP_WEIGHT,
         "mtp_weight_in_decay": MTP_WEIGHT_IN_DECAY, "balance_weight": BALANCE_WEIGHT,
         "bias_update_rate": BIAS_RATE,
     },
@@ -60,7 +63,7 @@ def mean_nats(logits: jax.Array, shift: int) -> jax.Array:
 def objective(trainable, frozen, mtp_weight: float):
     """Return the loss, and its parts with the features."""
     params = {"params": merge(trainable, frozen)}
-    features = transformer_of(CONFIG).apply(params, **BATCH, method="features")
+    features = transformer_of(CONFIG, CONFIG.stages[0]).apply(params, **BATCH, method="features")
     main, mtp = mean_nats(features.logits, 1), mean_nats(features.mtp_logits, 2)
     balance = sum(jnp.sum(stats.balance_loss) for stats in features.layers.values())
     return main + mtp_weight * mtp + BALANCE_WEIGHT * balance, (main, mtp, balance, features)
@@ -79,7 +82,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def step():
-    return quick_jit(make_train_step(CONFIG))
+    return quick_jit(make_train_step(CONFIG, CONFIG.stages[0]))
 
 
 @pytest.fixture(scope="module")

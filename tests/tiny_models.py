@@ -31,13 +31,15 @@ def sections_of(source: Path) -> dict:
             "num_experts_per_tok": 2, "moe_intermediate_size": 8, "hc_mult": 2,
             "hc_sinkhorn_iters": 3, "num_nextn_predict_layers": 0, "initializer_range": 0.5,
         },
-        "runtime": {"csa": "dense"},
-        "data": {"source": str(source), "seq_len": 32, "batch_size": 2, "held_out_fraction": 0.3},
+        "data": {"source": str(source), "held_out_fraction": 0.3},
+        "stages": {
+            "stage1": {"tokens": 256, "seq_len": 32, "batch_tokens": 64, "attention": "dense"},
+        },
         "optimizer": {
             "name": "adamw", "learning_rate": 1e-3, "end_learning_rate": 1e-4, "warmup_steps": 1,
             "decay_fraction": 0.5,
         },
-        "train": {"steps": 4, "eval_every": 4, "checkpoint_every": 4, "sample_tokens": 8},
+        "train": {"eval_every": 4, "checkpoint_every": 4, "sample_tokens": 8},
         "mesh": {},
     }  # fmt: skip
 

@@ -26,17 +26,18 @@ MODEL = {
 }  # fmt: skip
 
 
-def sections_of(source: Path, **train_keys) -> dict:
-    """Return a config whose steps take milliseconds."""
+def sections_of(source: Path, *, steps: int = 60, **train_keys) -> dict:
+    """Return a config of one stage, whose steps take milliseconds."""
+    stage = {"tokens": 128 * steps, "seq_len": 32, "batch_tokens": 128, "attention": "dense"}
     return {
         "model": MODEL,
-        "runtime": {"csa": "dense"},
-        "data": {"source": str(source), "seq_len": 32, "batch_size": 4, "held_out_fraction": 0.1},
+        "data": {"source": str(source), "held_out_fraction": 0.1},
+        "stages": {"stage1": stage},
         "optimizer": {
             "learning_rate": 3e-2, "end_learning_rate": 1e-3, "warmup_steps": 2,
             "decay_fraction": 0.3,
         },
-        "train": {"steps": 60, "eval_every": 30, "checkpoint_every": 3, "sample_tokens": 1}
+        "train": {"eval_every": 30, "checkpoint_every": 3, "sample_tokens": 1}
         | train_keys,
     }
 
