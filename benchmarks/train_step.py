@@ -67,7 +67,8 @@ def batch_of(config: RunConfig) -> dict[str, jax.Array]:
 
 def compiled_step(config: RunConfig, state, batch):
     program = jax.jit(
-        make_train_step(config, config.stages[0]), donate_argnums=0, compiler_options=compiler_options()
+        make_train_step(config, config.stages[0]), donate_argnums=0,
+        compiler_options=compiler_options(),
     )
     return program.lower(state, batch).compile()
 
@@ -145,7 +146,8 @@ def print_saving(config: RunConfig) -> None:
         checkpoints.close()
     step = statistics.median(usual)
     print(
-        f"{config.stages[0].seq_len} tokens, {config.optimizer.name}: a step of {step * 1e3:.0f} ms; "
+        f"{config.stages[0].seq_len} tokens, {config.optimizer.name}: "
+        f"a step of {step * 1e3:.0f} ms; "
         f"saving {size / 1e6:.0f} MB holds it up for {np.median(blocked[1:]) * 1e3:.0f} ms "
         f"({np.median(blocked[1:]) / step:.1%}; first time {blocked[0] * 1e3:.0f} ms); the step "
         f"beside the writing takes {np.median(after) / step:.2f} of the usual time", flush=True,

@@ -541,7 +541,10 @@ def test_held_out_scores_every_token_once(corpus, config):
 def test_held_out_rows_of_hosts(corpus, config):
     whole = held_out_batches(corpus, config, seq_len=SEQ_LEN, rows=6)
     halves = [
-        held_out_batches(corpus, config, seq_len=SEQ_LEN, rows=6, shard_index=i, shard_count=2) for i in range(2)
+        held_out_batches(
+            corpus, config, seq_len=SEQ_LEN, rows=6, shard_index=i, shard_count=2
+        )
+        for i in range(2)
     ]
     assert_same(joined(halves), whole)
 

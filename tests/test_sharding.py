@@ -96,7 +96,8 @@ def take_step(config: RunConfig, mesh=None):
         state = jax.device_put(state, placed)
         batch = jax.device_put(batch, batch_sharding(mesh, ROWS))
     outputs = None if mesh is None else (placed, None)
-    state, metrics = quick_jit(make_train_step(config, config.stages[0], mesh), out_shardings=outputs)(state, batch)
+    step = make_train_step(config, config.stages[0], mesh)
+    state, metrics = quick_jit(step, out_shardings=outputs)(state, batch)
     return metrics, state
 
 

@@ -64,7 +64,8 @@ def step(config):
         patch.setattr(train_step, "token_nats", poisoned(train_step.token_nats))
         state = train_step.init_state(config)
         batch = {"tokens": np.zeros((4, 32), np.int32)}
-        return quick_jit(train_step.make_train_step(config)).lower(state, batch).compile()
+        take = train_step.make_train_step(config, config.stages[0])
+        return quick_jit(take).lower(state, batch).compile()
 
 
 def test_only_good_batches_move_the_state(config, step, record_property):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from compiling import quick_jit
 from flax.traverse_util import flatten_dict
 
 from dsv4_jax.params import merge, split_trainable
-from dsv4_jax.run_config import RunConfig
+from dsv4_jax.run_config import INDEXER, SPARSE, RunConfig
 from dsv4_jax.train_step import init_state, make_train_step, transformer_of
 
 ROUNDING = 1e-5  # ratio: the same float32 sums in another order
@@ -60,13 +61,18 @@ def mean_nats(logits: jax.Array, shift: int) -> jax.Array:
     return -jnp.mean(log_p[row, t, BATCH["tokens"][row, t + shift]])
 
 
-def objective(trainable, frozen, mtp_weight: float):
+def objective(trainable, frozen, mtp_weight: float, stage=CONFIG.stages[0]):
     """Return the loss, and its parts with the features."""
     params = {"params": merge(trainable, frozen)}
-    features = transformer_of(CONFIG, CONFIG.stages[0]).apply(params, **BATCH, method="features")
+    features = transformer_of(CONFIG, stage).apply(params, **BATCH, method="features")
     main, mtp = mean_nats(features.logits, 1), mean_nats(features.mtp_logits, 2)
     balance = sum(jnp.sum(stats.balance_loss) for stats in features.layers.values())
     return main + mtp_weight * mtp + BALANCE_WEIGHT * balance, (main, mtp, balance, features)
+
+
+def means_of(state, learner: str) -> dict:
+    """Return AdamW's means of gradients of who learns by it."""
+    return state.opt_state[-1].inner_states[f"{learner} adamw"].inner_state[0].mu
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,7 @@ def test_a_step_descends_the_stated_objective(state, step, gradient, taken, mtp_
     expected, parts = gradient(*split_trainable(state.params), mtp_weight)
     for name, part in zip(("loss", "mtp_loss", "balance_loss"), parts, strict=False):
         np.testing.assert_allclose(metrics[name], part, rtol=ROUNDING)
-    moments = flatten_dict(optax.tree.get(after.opt_state, "mu"))  # of fresh AdamW: 0.1 g
+    moments = flatten_dict(means_of(after, "model"))  # of fresh AdamW: 0.1 g
     largest = max(float(np.linalg.norm(g)) for g in jax.tree.leaves(expected))
     compared = 0
     for path, wanted in flatten_dict(expected).items():
@@ -107,6 +113,58 @@ def test_a_step_descends_the_stated_objective(state, step, gradient, taken, mtp_
             assert error <= ROUNDING * largest, path
             compared += 1
     assert compared > 50
+
+
+@pytest.mark.parametrize("attention", [INDEXER, SPARSE])
+def test_indexers_learn_from_the_attention_alone_and_the_model_from_language(state, attention):
+    """In one backward pass: each has the gradient that it has from its own loss alone."""
+    stage = dataclasses.replace(CONFIG.stages[0], attention=attention)
+    after, metrics = quick_jit(make_train_step(CONFIG, stage))(state, BATCH)
+    model = transformer_of(CONFIG, stage)
+    scored = sum(
+        max(count - CONFIG.model.csa_ratio + 1, 0) for row in BATCH["segment_ids"]
+        for segment, count in zip(*np.unique(row, return_counts=True), strict=True) if segment
+    )
+
+    def divergence(trainable, frozen):
+        learning = model.clone(runtime=dataclasses.replace(model.runtime, index_learns=True))
+        features = learning.apply(
+            {"params": merge(trainable, frozen)}, **BATCH, method="features"
+        )
+        lessons = [stats.lesson for stats in features.layers.values() if stats.lesson is not None]
+        return sum(jnp.sum(lesson.divergence) for lesson in lessons) / scored
+
+    def language(trainable, frozen):
+        return objective(trainable, frozen, MTP_WEIGHT, stage)[0]
+
+    split = split_trainable(state.params)
+    (total, of_indexers), of_model = (
+        quick_jit(jax.value_and_grad(divergence))(*split), quick_jit(jax.grad(language))(*split)
+    )
+    np.testing.assert_allclose(metrics["index_loss"], total / 2, rtol=ROUNDING)  # two layers
+    means = [flatten_dict(means_of(after, learner)) for learner in ("indexers", "model")]
+    for path, wanted in flatten_dict(of_indexers).items():
+        if "indexer" in path:
+            np.testing.assert_allclose(
+                means[0][path] / 0.1, wanted, atol=ROUNDING * np.abs(wanted).max()
+            )
+            assert wanted.any()
+        else:
+            assert not wanted.any()
+            expected = flatten_dict(of_model)[path] * (attention == SPARSE)
+            limit = ROUNDING * max(np.abs(g).max() for g in jax.tree.leaves(of_model))
+            np.testing.assert_allclose(means[1][path] / 0.1, expected, atol=limit)
+
+
+def test_an_indexer_stage_moves_nothing_but_indexers(state):
+    stage = dataclasses.replace(CONFIG.stages[0], attention=INDEXER, learning_rate=0.5)
+    after, metrics = quick_jit(make_train_step(CONFIG, stage))(state, BATCH)
+    assert metrics["learning_rate"] == 0.5
+    assert 0 < metrics["index_recall"] < 1
+    before, moved = (flatten_dict(s.params) for s in (state, after))
+    for path, leaf in before.items():
+        assert np.array_equal(moved[path], leaf) != ("indexer" in path), path
+    assert not any(leaf.any() for leaf in jax.tree.leaves(means_of(after, "model")))
 
 
 def test_a_step_moves_every_selection_bias_towards_even_load(state, step):
