@@ -306,7 +306,7 @@ class NoBlock(nn.Module):
     layer: int
 
     def __call__(self, streams, batch, cache):
-        return streams, LayerStats(load=None, balance_loss=None, sinkhorn_error=None), cache
+        return streams, LayerStats(*[None] * len(LayerStats._fields)), cache
 
 
 def test_prediction_joins_streams_and_next_embedding(monkeypatch):

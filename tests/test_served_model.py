@@ -35,7 +35,8 @@ def run(folders, tmp_path) -> Path:
 
 def test_a_workdir_is_computed_as_its_run_does(folders):
     model, folder = open_model(folders / "run"), check_model(folders / "run")
-    assert model.runtime == folder.run.runtime == Runtime(csa="dense")
+    assert model.runtime == Runtime(csa="dense")  # of its stage
+    assert folder.stage == folder.run.stages[0] and folder.stage.attention == "dense"
     assert model.config == folder.run.model
     assert model.tokenizer.specification == TOKENIZER.specification
     same = jax.tree.map(jnp.array_equal, model.params, init_state(folder.run, None).params)
