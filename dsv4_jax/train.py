@@ -33,11 +33,12 @@ from dsv4_jax.model import param_shapes
 from dsv4_jax.pace import DATA, EVALUATION, SAVING, SPEED, STEP, Pace
 from dsv4_jax.profile import Profiler
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
+from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, replicated, shardings_of
 from dsv4_jax.sizes import count_params
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
 from dsv4_jax.train_step import (
+    HELD_OUT,
     TrainState,
     abstract_state,
     init_state,
@@ -45,8 +46,6 @@ from dsv4_jax.train_step import (
     make_train_step,
     state_shardings,
 )
-
-HELD_OUT = "held_out_bits_per_byte"  # name of the metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +170,13 @@ def _take_steps(
             profiler.after(step, metrics)
             if due(plan.log_every):
                 with pace.phase(STEP):
-                    values = {name: float(value) for name, value in metrics.items()}
+                    values = {name: float(x) for name, x in metrics.items() if not x.ndim}
                 values |= pace.values(batch["tokens"].size)
                 say(_step_line(step, plan.steps, values))
                 log.metrics(step, values)
             if due(plan.eval_every):
                 with pace.phase(EVALUATION):
+                    log.metrics(step, {name: x.tolist() for name, x in metrics.items() if x.ndim})
                     evaluation.report(step, state.params)
             ending = bool(stop)
             if due(plan.checkpoint_every) or ending:
@@ -236,7 +236,10 @@ def _compile_step(
     From their description: a fresh state and a restored one differ in what JAX may still move, so
     that they themselves would make two programs, and a run that goes on would compile again.
     """
-    outputs = None if run.mesh is None else (state_shardings(run.config, run.mesh), None)
+    outputs = None
+    if run.mesh is not None:
+        # Whole metrics on each device: this host can read them.
+        outputs = state_shardings(run.config, run.mesh), replicated(run.mesh)
     step = jax.jit(
         make_train_step(run.config, run.mesh), donate_argnums=0, out_shardings=outputs,
         compiler_options=compiler_options(),

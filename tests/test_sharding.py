@@ -171,7 +171,9 @@ def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, monkeypatch):
     monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", elements)
     metrics, state = take_step(config, mesh)
     for key, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[key], value, rtol=TOLERANCE, err_msg=key)
+        # What is left of a sum after subtracting 1 is as exact as the sum.
+        atol = TOLERANCE if key == "sinkhorn_error" else 0
+        np.testing.assert_allclose(metrics[key], value, rtol=TOLERANCE, atol=atol, err_msg=key)
     assert_close(gradients_of(state), gradients_of(expected))
 
     boxed = param_shapes(config.model)
