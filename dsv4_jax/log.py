@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -16,6 +17,7 @@ from tensorboardX.summary import histogram, scalar
 
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import explain_failed_write, write_atomically
+from dsv4_jax.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
 BINS = 32  # of a histogram in TensorBoard
@@ -29,11 +31,13 @@ class RunLog:
     Args:
       step: the run goes on from here; metrics of later steps, of a run that was cut off before
         it could save them, are dropped because those steps will come again.
+      wandb: gets the metrics, too, and is closed with the log.
     Raises:
       InputError: by all methods, if the files cannot be written; a line of metrics is none.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, wandb: WandbLog | None = None):
+        self._wandb = wandb
         self._path = workdir / METRICS_FILE
         with explain_failed_write(self._path):
             lines = _whole_lines(self._path) if self._path.exists() else ()
@@ -61,13 +65,16 @@ class RunLog:
             self._file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
             self._file.flush()
         self._board.metrics(step, values)
+        if self._wandb is not None:
+            self._wandb.metrics(step, values)
 
     def close(self) -> None:
-        try:
+        with contextlib.ExitStack() as rest:  # each is closed, whatever happens to another
+            if self._wandb is not None:
+                rest.callback(self._wandb.close)
+            rest.callback(self._board.close)
             with explain_failed_write(self._path):
                 self._file.close()
-        finally:
-            self._board.close()
 
 
 class _Board:

@@ -46,6 +46,7 @@ from dsv4_jax.train_step import (
     make_train_step,
     state_shardings,
 )
+from dsv4_jax.wandb_log import WandbLog, check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class _Run:
     corpus: TokenizedCorpus
     started: float  # when, by time.time()
     profile_steps: tuple[int, int] | None
+    wandb_project: str | None
 
     def place(self, batch: Batch, rows: int) -> dict[str, jax.Array]:
         """Put this host's part of a batch of so many rows on its devices."""
@@ -71,7 +73,8 @@ class _Run:
 
 
 def train(
-    config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None
+    config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None,
+    wandb_project: str | None = None,
 ) -> TrainState:
     """Train to the end of the run, going on from the newest undamaged checkpoint of the workdir.
 
@@ -82,11 +85,14 @@ def train(
 
     Args:
       profile_steps: the first and the last step of which a trace is written to `profile/`.
+      wandb_project: of Weights & Biases, where the metrics go, too.
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
         batches in a row had a loss or gradient that is not finite.
     """
     workdir, mesh, started = Path(workdir), _mesh_of(config), time.time()
+    if wandb_project is not None:
+        check_wandb(wandb_project)
     check_writable(workdir)
     _announce_model(config, mesh)
     # Opened first: a run that may not go on here is refused before it writes anything else.
@@ -96,7 +102,7 @@ def train(
     )
     with closing(checkpoints):
         corpus = _read_corpus(config, workdir)
-        run = _Run(config, workdir, mesh, corpus, started, profile_steps)
+        run = _Run(config, workdir, mesh, corpus, started, profile_steps, wandb_project)
         with StopRequest() as stop:
             state = _train(run, checkpoints, stop)
     if stop:
@@ -113,7 +119,7 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     first, state = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
-    with closing(RunLog(run.workdir, first)) as log:
+    with closing(RunLog(run.workdir, first, _wandb_log(run))) as log:
         evaluation = _Evaluation(run, log, stop)
         complete = first >= config.train.steps
         if complete:
@@ -126,6 +132,12 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     if not stop:
         _write_sample(run, state, prompt)
     return state
+
+
+def _wandb_log(run: _Run) -> WandbLog | None:
+    if run.wandb_project is None:
+        return None
+    return WandbLog(run.wandb_project, run.workdir, run.config.to_dict())
 
 
 def _first_state(

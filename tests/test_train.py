@@ -7,12 +7,14 @@ import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import training_command
+from fake_wandb import FakeWandb
 from faults import small_files_only
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -228,12 +230,21 @@ def test_time_and_memory_are_logged_over_both_processes(resumed):
     assert lines[-1][f"{SPEED}teraflops_per_device"] > 0
 
 
-def test_steps_are_traced(config, compiled_once, tmp_path):
-    printed = io.StringIO()
+def test_steps_are_traced_and_metrics_sent_if_asked_for(
+    config, compiled_once, tmp_path, monkeypatch
+):
+    wandb, printed = FakeWandb(), io.StringIO()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     with contextlib.redirect_stdout(printed):
-        train(config, tmp_path, profile_steps=(2, 3))
+        train(config, tmp_path, profile_steps=(2, 3), wandb_project="project")
     assert "trace of steps 2 to 3: " in printed.getvalue()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [(step, [*values]) for step, values in wandb.logged] == [
+        (line["step"], [name for name in line if name not in ("step", "time")])
+        for line in map(json.loads, lines)
+    ]
+    assert wandb.opened[0]["config"] == config.to_dict() and wandb.finished == 1
 
 
 def test_the_command_prints_nothing_but_its_own_lines(resumed):
