@@ -93,20 +93,21 @@ def draw_run(series: Series) -> Figure:
 
 def _draw_losses(axes: Axes, series: Series) -> None:
     _draw_lines(axes, series, "nats per token", "loss", "mtp_loss")
-    _draw_lines(axes.twinx(), series, "bits per byte", HELD_OUT, style="k--", corner="lower left")
+    _draw_lines(axes.twinx(), series, "bits per byte", HELD_OUT, style="k--", side="right")
 
 
 def _draw_lines(
     axes: Axes, series: Series, label: str, *names: str, scale: str = "linear", style: str = "-",
-    corner: str = "upper right",
+    side: str = "left",
 ) -> None:
-    """Draw the metrics of these names that the run has."""
+    """Draw the metrics of these names that the run has; the legend stands above, on this side."""
     for name in names:
         if name in series:
             steps, values = series[name]
             marker = "." if len(steps) <= FEW else None
             axes.plot(steps, values, style, marker=marker, linewidth=1, label=name)
-            axes.legend(loc=corner)
+            above = {"left": 0, "right": 1}[side], 1
+            axes.legend(loc=f"lower {side}", bbox_to_anchor=above, ncols=2, frameon=False)
     axes.set(xlabel="step", ylabel=label, yscale=scale)
 
 
@@ -120,7 +121,7 @@ def _draw_busiest(axes: Axes, series: Series) -> None:
         colour = colormaps["viridis"](number / len(layers))
         axes.plot(steps, loads.max(axis=1), marker=".", linewidth=1, color=colour)
     _draw_lines(axes, series, "load of the busiest expert / mean", "max_load", style="k:")
-    axes.set_title("lines: layers, from dark to light")
+    axes.set_title("layers from dark to light", loc="right")
 
 
 def _draw_loads(axes: Axes, series: Series) -> None:
