@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsv4_jax.corpus import held_out_texts, read_corpus, read_documents
 from dsv4_jax.errors import InputError
+from dsv4_jax.figures import check_figure
 from dsv4_jax.files import check_file, write_atomically
 from dsv4_jax.needle_eval import (
     answer_tokens,
@@ -22,7 +23,7 @@ from dsv4_jax.needle_eval import (
     shares_of,
     shortest_prompt,
 )
-from dsv4_jax.needle_plot import check_plot, write_plot
+from dsv4_jax.needle_plot import FLAG, write_plot
 from dsv4_jax.scoring import check_windows, score_rows, windows
 from dsv4_jax.served_model import ModelFolder, ServedModel, check_model
 from dsv4_jax.terminal import say, timed
@@ -225,7 +226,7 @@ def _needle(folder: ModelFolder, settings: Settings, _: str) -> Measure:
     depths, plot = settings.needle_depths, settings.needle_plot
     check_haystacks(folder.config, folder.tokenizer, lengths, depths)
     if plot is not None:
-        check_plot(plot)
+        check_figure(plot, FLAG)
 
     def measure(model: ServedModel) -> Results:
         rows = measure_retrieval(

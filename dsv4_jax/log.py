@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import histogram, scalar
 
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import explain_failed_write, write_atomically
+from dsv4_jax.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
+BINS = 32  # of a histogram in TensorBoard
+
+Values = dict[str, float | list[float]]  # metrics by name; those of a list are finite
 
 
 class RunLog:
@@ -24,15 +31,17 @@ class RunLog:
     Args:
       step: the run goes on from here; metrics of later steps, of a run that was cut off before
         it could save them, are dropped because those steps will come again.
+      wandb: gets the metrics, too, and is closed with the log.
     Raises:
       InputError: by all methods, if the files cannot be written; a line of metrics is none.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, wandb: WandbLog | None = None):
+        self._wandb = wandb
         self._path = workdir / METRICS_FILE
         with explain_failed_write(self._path):
-            kept = [(line, record) for line, record in _whole_lines(self._path)
-                    if record["step"] <= step]
+            lines = _whole_lines(self._path) if self._path.exists() else ()
+            kept = [(line, record) for line, record in lines if record["step"] <= step]
             write_atomically(self._path, b"".join(line for line, _ in kept))
         self._last = {name: record for _, record in kept for name in record}
         self._board = _Board(workdir / "tensorboard", step + 1)
@@ -43,20 +52,29 @@ class RunLog:
         """Return the last record with a metric that earlier runs have left."""
         return self._last.get(name)
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step; JSON has no infinities and NaNs, they are null there."""
-        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+    def metrics(self, step: int, values: Values) -> None:
+        """Record the metrics of a step, lists as histograms for TensorBoard.
+
+        JSON has no infinities and NaNs: they are null there.
+        """
+        finite = {
+            name: x if isinstance(x, list) or math.isfinite(x) else None
+            for name, x in values.items()
+        }
         with explain_failed_write(self._path):
             self._file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
             self._file.flush()
-        self._board.scalars(step, values)
+        self._board.metrics(step, values)
+        if self._wandb is not None:
+            self._wandb.metrics(step, values)
 
     def close(self) -> None:
-        try:
+        with contextlib.ExitStack() as rest:  # each is closed, whatever happens to another
+            if self._wandb is not None:
+                rest.callback(self._wandb.close)
+            rest.callback(self._board.close)
             with explain_failed_write(self._path):
                 self._file.close()
-        finally:
-            self._board.close()
 
 
 class _Board:
@@ -77,11 +95,11 @@ class _Board:
         start = SessionLog(status=SessionLog.START)
         self._write([Event(step=first_step, session_log=start, wall_time=time.time())])
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: Values) -> None:
         now = time.time()
         self._write([
-            Event(step=step, summary=scalar(name, value), wall_time=now)
-            for name, value in values.items()
+            Event(step=step, summary=_summary(name, x), wall_time=now)
+            for name, x in values.items()
         ])
 
     def close(self) -> None:
@@ -95,10 +113,24 @@ class _Board:
             self._writer.flush()
 
 
+def _summary(name: str, value: float | list[float]) -> Summary:
+    if isinstance(value, list):
+        return histogram(name, np.array(value), BINS)
+    return scalar(name, value)
+
+
+def read_metrics(path: Path) -> Iterator[dict]:
+    """Yield the metrics that a file has, also while a run writes it.
+
+    Raises:
+      InputError: a line of metrics is none.
+      OSError: the file cannot be read.
+    """
+    return (record for _, record in _whole_lines(path))
+
+
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict]]:
     """Yield a file's lines and what they say, without a last one that was cut off in writing."""
-    if not path.exists():
-        return
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         yield line + b"\n", _read(line, f"{path}:{number}")

@@ -29,7 +29,7 @@ from dsv4_jax.mhc import StreamHead
 from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
-from dsv4_jax.schedule import factor_schedule
+from dsv4_jax.schedule import MTP_BLOCK, factor_schedule
 from dsv4_jax.shapes import Array, Bool, Hidden, Int, Logits, Streams, Tokens
 from dsv4_jax.sharding import constrain, shardings_of
 from dsv4_jax.token_ids import check_token_ids
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
             # A document's last token has nothing to predict here: its expert load is not counted.
             mtp_batch = batch._replace(tokens=after, valid=exists)
-            mtp_hidden, layers["mtp/block"], _ = block(streams, embedded, mtp_batch)
+            mtp_hidden, layers[MTP_BLOCK], _ = block(streams, embedded, mtp_batch)
             mtp_logits = self._logits(mtp_hidden, head)
         logits = self._logits(hidden, head)
         return Features(streams, hidden, mtp_hidden, logits, mtp_logits, layers), caches

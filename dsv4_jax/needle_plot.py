@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
-from pathlib import Path
-
 import numpy as np
 
-from dsv4_jax.errors import InputError
-from dsv4_jax.files import check_file, write_atomically
+from dsv4_jax.figures import write_figure
 
-
-def check_plot(path: str) -> None:
-    """Refuse a plot that could not be drawn or written.
-
-    Raises:
-      InputError: matplotlib is not installed, or the path is not that of a file to be written.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "needle_plot: expected the package matplotlib, got none; install it by "
-            "pip install 'dsv4_jax[plot]'"
-        )
-    check_file(path, "needle_plot")
+FLAG = "needle_plot"  # says where to write
 
 
 def write_plot(path: str, lengths: list[int], depths: list[float], shares: np.ndarray) -> None:
@@ -45,6 +28,4 @@ def write_plot(path: str, lengths: list[int], depths: list[float], shares: np.nd
     for (column, row), share in np.ndenumerate(shares):
         axes.text(column, row, f"{share:.2f}", ha="center", va="center")
     figure.colorbar(image, label="share retrieved")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    write_atomically(Path(path), file.getvalue(), "needle_plot")
+    write_figure(figure, path, FLAG)

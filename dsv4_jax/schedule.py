@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from dsv4_jax.config import LEARNED, ModelConfig
+from dsv4_jax.shapes import Array
+
+MTP_BLOCK = "mtp/block"  # path of the prediction's block
 
 
 class BlockGroup(NamedTuple):
@@ -41,3 +45,20 @@ def block_groups(config: ModelConfig) -> dict[str, BlockGroup]:
     if pairs:
         groups |= {f"pairs/{kind}": BlockGroup(kind, pairs) for kind in config.layer_types[-2:]}
     return groups
+
+
+def by_layer(config: ModelConfig, by_block: Mapping[str, Array]) -> dict[str, Array]:
+    """Return by layer what is given by the path of a block, and stacked if scanned.
+
+    The layers of the main model are named `layer_0` and so on, with zeros in front where their
+    numbers differ in length, and that of the prediction `mtp`: sorted by name they are in order.
+    """
+    prelude, _ = factor_schedule(config)
+    width = len(str(config.num_layers - 1))
+    values = {}
+    for layer, kind in enumerate(config.layer_types):
+        scanned = layer - prelude
+        values[f"layer_{layer:0{width}}"] = (
+            by_block[f"layers_{layer}"] if scanned < 0 else by_block[f"pairs/{kind}"][scanned // 2]
+        )
+    return values | ({"mtp": by_block[MTP_BLOCK]} if MTP_BLOCK in by_block else {})

@@ -32,11 +32,12 @@ from dsv4_jax.model import param_shapes
 from dsv4_jax.pace import DATA, EVALUATION, SAVING, SPEED, STEP, Pace
 from dsv4_jax.profile import Profiler
 from dsv4_jax.run_config import RunConfig, StageConfig, stage_name
-from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
+from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, replicated, shardings_of
 from dsv4_jax.sizes import count_params
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
 from dsv4_jax.train_step import (
+    HELD_OUT,
     TrainState,
     abstract_state,
     init_state,
@@ -45,8 +46,7 @@ from dsv4_jax.train_step import (
     state_shardings,
     transformer_of,
 )
-
-HELD_OUT = "held_out_bits_per_byte"  # name of the metric
+from dsv4_jax.wandb_log import WandbLog, check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class _Run:
     corpus: TokenizedCorpus
     started: float  # when, by time.time()
     profile_steps: tuple[int, int] | None
+    wandb_project: str | None
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
         """Put this host's part of a batch on its devices."""
@@ -84,7 +85,8 @@ class _Tools:
 
 
 def train(
-    config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None
+    config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None,
+    wandb_project: str | None = None,
 ) -> TrainState:
     """Train to the end of the run, going on from the newest undamaged checkpoint of the workdir.
 
@@ -95,11 +97,14 @@ def train(
 
     Args:
       profile_steps: the first and the last step of which a trace is written to `profile/`.
+      wandb_project: of Weights & Biases, where the metrics go, too.
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
         batches in a row had a loss or gradient that is not finite.
     """
     workdir, mesh, started = Path(workdir), _mesh_of(config), time.time()
+    if wandb_project is not None:
+        check_wandb(wandb_project)
     check_writable(workdir)
     _announce_model(config, mesh)
     # Opened first: a run that may not go on here is refused before it writes anything else.
@@ -109,7 +114,7 @@ def train(
     )
     with closing(checkpoints):
         corpus = _read_corpus(config, workdir)
-        run = _Run(config, workdir, mesh, corpus, started, profile_steps)
+        run = _Run(config, workdir, mesh, corpus, started, profile_steps, wandb_project)
         with StopRequest() as stop:
             state = _train(run, checkpoints, stop)
     if stop:
@@ -127,7 +132,7 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     first, state = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
-    with closing(RunLog(run.workdir, first)) as log:
+    with closing(RunLog(run.workdir, first, _wandb_log(run))) as log:
         if first >= config.steps:
             say(f"the run is complete: {first} of {config.steps} steps")
         if first > 0:
@@ -145,6 +150,12 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     if not stop:
         _write_sample(run, state, prompt)
     return state
+
+
+def _wandb_log(run: _Run) -> WandbLog | None:
+    if run.wandb_project is None:
+        return None
+    return WandbLog(run.wandb_project, run.workdir, run.config.to_dict())
 
 
 def _first_state(
@@ -200,12 +211,14 @@ def _run_stage(
             profiler.after(step, metrics)
             if _is_due(config, step, plan.log_every):
                 with pace.phase(STEP):
-                    values = {name: float(value) for name, value in metrics.items()}
+                    values = {name: float(x) for name, x in metrics.items() if not x.ndim}
                 values |= pace.values(stage.batch_tokens)
                 say(_step_line(step, config.steps, values))
                 tools.log.metrics(step, values)
             if _is_due(config, step, plan.eval_every):
                 with pace.phase(EVALUATION):
+                    arrays = {name: x.tolist() for name, x in metrics.items() if x.ndim}
+                    tools.log.metrics(step, arrays)
                     evaluation.report(step, state.params)
             ending = bool(tools.stop)
             if _is_due(config, step, plan.checkpoint_every) or ending:
@@ -278,7 +291,10 @@ def _compile_step(
     From their description: a fresh state and a restored one differ in what JAX may still move, so
     that they themselves would make two programs, and a run that goes on would compile again.
     """
-    outputs = None if run.mesh is None else (state_shardings(run.config, run.mesh), None)
+    outputs = None
+    if run.mesh is not None:
+        # Whole metrics on each device: this host can read them.
+        outputs = state_shardings(run.config, run.mesh), replicated(run.mesh)
     step = jax.jit(
         make_train_step(run.config, stage, run.mesh), donate_argnums=0, out_shardings=outputs,
         compiler_options=compiler_options(),

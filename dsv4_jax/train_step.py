@@ -30,11 +30,15 @@ from dsv4_jax.optimizer import (
 from dsv4_jax.params import kinds_of, merge, split_trainable
 from dsv4_jax.router import updated_bias
 from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
+from dsv4_jax.schedule import by_layer
 from dsv4_jax.shapes import Array, Float
 from dsv4_jax.sharding import replicated, shardings_of
 
 Batch = dict[str, Array]  # "tokens" and, if packed, "segment_ids" and "positions": int32 [b, t]
-Metrics = dict[str, Array]  # float32 scalars
+Metrics = dict[str, Array]  # scalars; under `LOAD` and a layer's name [e], of all experts
+
+LOAD = "load/"  # starts the names of the layers' loads
+HELD_OUT = "held_out_bits_per_byte"  # name of the metric that an evaluation adds
 
 
 class Skips(NamedTuple):
@@ -63,6 +67,7 @@ class Sums(NamedTuple):
     recall: Float[Array, ""]  # of the attention, by the choices of indexers, over the same
     choices: Float[Array, ""]  # how many these are
     load: dict[str, Array]  # token slots of each expert, by the path of the layer's block
+    sinkhorn_error: Float[Array, ""]  # of all layers the largest, and so of micro-batches
 
 
 def transformer_of(
@@ -142,6 +147,8 @@ def make_train_step(
 
     A batch whose objective or gradient is not finite moves nothing, the place in the schedule
     included, and is counted; `train.skip_non_finite` says whether.
+
+    The load of an expert is told as a multiple of its layer's mean: 1 is even.
     """
     train, learners = config.train, learners_of(stage)
     model = transformer_of(config, stage, mesh)
@@ -196,12 +203,15 @@ def make_train_step(
             params = _select(finite, params, state.params)
             opt_state = _select(finite, opt_state, state.opt_state)
             skips = Skips(skips.total + ~finite, jnp.where(finite, 0, skips.in_row + 1))
+        loads = _relative_loads(config, sums.load)
         metrics = {
             "loss": sums.next_token / counts[0],
             "learning_rate": learning_rate,
-            "max_load": _max_load(sums.load),
+            "max_load": jnp.max(jnp.stack([*loads.values()])),
+            "sinkhorn_error": sums.sinkhorn_error,
             "skipped": skips.total,
             "skipped_in_row": skips.in_row,
+            **{LOAD + layer: load for layer, load in loads.items()},
         }
         if MODEL in learners:
             metrics["mtp_loss"] = sums.mtp / counts[1]
@@ -297,6 +307,7 @@ def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: 
         balance=share * sum(jnp.sum(stats.balance_loss) for stats in layers),
         **lesson._asdict(),
         load={path: stats.load for path, stats in features.layers.items()},
+        sinkhorn_error=jnp.max(jnp.stack([jnp.max(stats.sinkhorn_error) for stats in layers])),
     )
 
 
@@ -312,7 +323,10 @@ def _accumulate(gradient, trainable: dict, batch: Batch, parts: int) -> tuple[di
     )
 
     def add(total, rows):
-        return jax.tree.map(jnp.add, total, gradient(trainable, rows)), None
+        new = gradient(trainable, rows)
+        gradients, sums = jax.tree.map(jnp.add, total, new)
+        error = jnp.maximum(total[1].sinkhorn_error, new[1].sinkhorn_error)
+        return (gradients, sums._replace(sinkhorn_error=error)), None
 
     first, rest = (jax.tree.map(lambda x, i=i: x[i], parted) for i in (0, slice(1, None)))
     return jax.lax.scan(add, gradient(trainable, first), rest)[0]
@@ -328,8 +342,12 @@ def _rebalance(params: dict, load: dict[str, Array], rate: float) -> dict:
     return unflatten_dict(flat)
 
 
-def _max_load(load: dict[str, Array]) -> Float[Array, ""]:
-    """Return the load of the busiest expert of any layer over the mean load; 1 is even."""
-    return jnp.max(jnp.stack([
-        jnp.max(jnp.max(slots, axis=-1) / jnp.mean(slots, axis=-1)) for slots in load.values()
-    ]))
+def _relative_loads(config: RunConfig, load: dict[str, Array]) -> dict[str, Array]:
+    """Return the load of each expert over the mean of its layer, by the layer's name.
+
+    Of a layer without tokens, as multi-token prediction may be, the loads are 0.
+    """
+    return {
+        layer: slots * slots.size / jnp.maximum(jnp.sum(slots), 1)
+        for layer, slots in by_layer(config.model, load).items()
+    }

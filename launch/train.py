@@ -22,6 +22,9 @@ from dsv4_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for all that the run writes")
+WANDB = flags.DEFINE_string(
+    "wandb_project", None, "project of Weights & Biases to log to, too (needs the extra wandb)"
+)
 PROFILE = flags.DEFINE_string("profile_steps", None, "steps to trace, as FIRST:LAST")
 
 
@@ -32,7 +35,7 @@ def main() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         # A run that goes on need not compile again.
         jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value, "compiled")))
-    train(config, WORKDIR.value, profile_steps=profile_steps)
+    train(config, WORKDIR.value, profile_steps=profile_steps, wandb_project=WANDB.value)
 
 
 if __name__ == "__main__":

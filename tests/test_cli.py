@@ -148,6 +148,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("--config.stages.stage1.seq_len=33", ["batch_tokens: expected a multiple of seq_len (33)"]),
     ("--config.mesh.fsdp=3", ["mesh: ", "8 devices", "fsdp 3"]),
     ("--config.mesh.data=8", ["mesh: ", "'batch' of size 4"]),
+    ("--wandb_project=", ["wandb_project: expected the name of a project, got none"]),
     ("--config.data.source=/no/such", ["data.source: ", "'/no/such' does not exist"]),
     ("--config.data.tokenizer=/no/such", ["data.tokenizer: cannot read /no/such"]),
     ("--config.model.vocab_size=200", ["model.vocab_size: expected at least 258", "got 200"]),

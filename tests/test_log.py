@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from faults import small_files_only
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.log import METRICS_FILE, RunLog
+from dsv4_jax.log import METRICS_FILE, RunLog, read_metrics
 from dsv4_jax.terminal import duration
 
 
@@ -47,6 +48,19 @@ def test_tensorboard_sees_the_metrics_at_once(tmp_path):
     found = [(e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in metrics]
     assert found == [(3, "loss", 1.5), (3, "grad_norm", 0.25)]
     assert all(event.wall_time > 0 for event in metrics)
+
+
+def test_lists_are_kept_and_shown_as_histograms(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.metrics(1, {"load/layer_0": [0.5, 1.5, 0.5, 1.5], "loss": math.inf})
+    log.close()
+    (record,) = read_metrics(tmp_path / METRICS_FILE)
+    assert record["load/layer_0"] == [0.5, 1.5, 0.5, 1.5] and record["loss"] is None
+    _, _, load, _ = events_of(tmp_path)
+    shown = load.summary.value[0].histo
+    assert (load.step, load.summary.value[0].tag) == (1, "load/layer_0")
+    assert (shown.min, shown.max, shown.num, shown.sum) == (0.5, 1.5, 4, 4)
+    assert [count for count in shown.bucket if count] == [2, 2]
 
 
 @pytest.mark.parametrize("line", [b"not json", b"[1]", b'{"loss": 1}', b'{"step": "1"}', b"\xff"])

@@ -25,7 +25,7 @@ from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.mhc import StreamMix
 from dsv4_jax.model import param_shapes
 from dsv4_jax.params import IN, Weight, merge, path_name, split_trainable
-from dsv4_jax.schedule import factor_schedule
+from dsv4_jax.schedule import by_layer, factor_schedule
 
 SAME_SUMS = 1e-5  # of the largest element: float32 sums of other order, through all layers
 BFLOAT16 = 0.05  # norm of the difference over norm: 8 bits through a few layers
@@ -389,6 +389,15 @@ SCHEDULES = [
 def test_schedule_is_factored_into_prelude_and_pairs(layer_types, moe_types, expected):
     config = dataclasses.replace(FULL, layer_types=layer_types, moe_types=moe_types)
     assert factor_schedule(config) == expected
+
+
+def test_what_blocks_have_is_told_by_layer():
+    blocks = {"layers_0": 0, "pairs/hca": [1, 3], "pairs/csa": [2, 4], "mtp/block": 5}
+    names = [*(f"layer_{i}" for i in range(5)), "mtp"]
+    assert by_layer(FULL, blocks) == dict(zip(names, range(6), strict=True))
+    deep = one_layer(CSA, layer_types=(CSA,) * 11, moe_types=(LEARNED,) * 11)
+    layers = by_layer(deep, {f"layers_{layer}": layer for layer in range(11)})
+    assert sorted(layers, key=layers.get) == sorted(layers)
 
 
 def is_jaxpr(x) -> bool:

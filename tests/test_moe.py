@@ -173,6 +173,23 @@ def test_bias_moves_towards_even_load():
     np.testing.assert_allclose(moved, [[0.25, -0.25, 0, 0], [0, 0, 0, 0]], atol=ROUNDING)
 
 
+def test_bias_update_evens_a_skewed_choice_at_the_published_rate():
+    """The scores stay; one expert starts 0.4 ahead, so that 400 steps of 0.001 catch it up."""
+    scores, valid = affinity(jnp.asarray(normal(0, 1, 1000, EXPERTS))), jnp.ones((1, 1000), bool)
+
+    def imbalances(rate: float):
+        def step(bias, _):
+            load = expert_load(best_experts(scores, bias, 1), EXPERTS, valid)
+            return updated_bias(bias, load, rate), jnp.max(load) / jnp.mean(load)
+
+        return jax.lax.scan(step, jnp.zeros(EXPERTS).at[0].set(0.4), None, length=501)[1]
+
+    falling, left_alone = (np.asarray(imbalances(rate)) for rate in (1e-3, 0.0))
+    assert (left_alone == falling[0]).all() and falling[0] > 2.5
+    assert (np.diff(falling[:201:50]) < 0).all()
+    assert falling[-100:].max() < 1.05  # of 200 tokens each; a step moves a few of them
+
+
 def numpy_experts(x, experts, gates, weights: ExpertWeights) -> np.ndarray:
     """Loop over tokens and their experts in float64; ids past the end give nothing."""
     out = np.zeros(x.shape)

@@ -111,8 +111,8 @@ def initial_state(name: str):
             table = [choose.permutation(MODEL["n_routed_experts"]) for _ in range(leaf.shape[0])]
             return np.array(table, np.int32)[:, : leaf.shape[1]]
         around = 1.0 if path_name(path).endswith("norm") else 0.0
-        # Small index scores would differ by rounding errors alone.
-        spread = 0.5 if "indexer" in path_name(path) else 0.02
+        # Small index scores would make lessons of rounding errors alone.
+        spread = 4.0 if "indexer" in path_name(path) else 0.02
         return (around + spread * choose.normal(size=leaf.shape)).astype(leaf.dtype)
 
     state = abstract_state(run_config(name))
@@ -181,7 +181,9 @@ def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, monkeypatch):
     monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", elements)
     metrics, state = take_step(config, mesh)
     for key, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[key], value, rtol=TOLERANCE, err_msg=key)
+        # What is left of a sum after subtracting 1 is as exact as the sum.
+        atol = TOLERANCE if key == "sinkhorn_error" else 0
+        np.testing.assert_allclose(metrics[key], value, rtol=TOLERANCE, atol=atol, err_msg=key)
     assert_close(moments_of(state, "mu"), moments_of(expected, "mu"))
 
     boxed = param_shapes(config.model)

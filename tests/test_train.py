@@ -7,12 +7,14 @@ import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import training_command
+from fake_wandb import FakeWandb
 from faults import small_files_only
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -155,6 +157,20 @@ def test_held_out_bits_per_byte_stand_beside_gzip_and_xz(straight):
         assert "xz -9 " in line
 
 
+def test_the_load_of_every_expert_is_logged_at_evaluations(straight):
+    lines = metrics_of(straight.workdir)
+    loads = [line for line in lines if "load/layer_0" in line]
+    assert [line.pop("step") for line in loads] == [6, 12]
+    busiest = {line["step"]: line["max_load"] for line in lines if "max_load" in line}
+    experts, chosen = MODEL["n_routed_experts"], MODEL["num_experts_per_tok"]
+    for step, load in zip((6, 12), loads, strict=True):
+        assert load.keys() == {"load/layer_0", "load/layer_1"}
+        assert max(max(of_layer) for of_layer in load.values()) == busiest[step]
+        for of_layer in load.values():
+            assert len(of_layer) == experts and sum(of_layer) == pytest.approx(experts)
+            assert max(of_layer) <= experts / chosen  # each token has an expert at most once
+
+
 def test_the_sample_is_printed_and_kept(straight):
     kept = (straight.workdir / "sample.txt").read_text()
     assert kept.startswith("def ") and len(kept) > len("def ")
@@ -214,12 +230,21 @@ def test_time_and_memory_are_logged_over_both_processes(resumed):
     assert lines[-1][f"{SPEED}teraflops_per_device"] > 0
 
 
-def test_steps_are_traced(config, compiled_once, tmp_path):
-    printed = io.StringIO()
+def test_steps_are_traced_and_metrics_sent_if_asked_for(
+    config, compiled_once, tmp_path, monkeypatch
+):
+    wandb, printed = FakeWandb(), io.StringIO()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     with contextlib.redirect_stdout(printed):
-        train(config, tmp_path, profile_steps=(2, 3))
+        train(config, tmp_path, profile_steps=(2, 3), wandb_project="project")
     assert "trace of steps 2 to 3: " in printed.getvalue()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [(step, [*values]) for step, values in wandb.logged] == [
+        (line["step"], [name for name in line if name not in ("step", "time")])
+        for line in map(json.loads, lines)
+    ]
+    assert wandb.opened[0]["config"] == config.to_dict() and wandb.finished == 1
 
 
 def test_the_command_prints_nothing_but_its_own_lines(resumed):
@@ -288,22 +313,27 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, compile
     choose = np.random.default_rng(0)
     segment_ids = np.repeat([[1] * 9 + [2] * 20 + [0] * 3, [1] * 32], 2, axis=0).astype(np.int32)
     tokens = choose.integers(0, MODEL["vocab_size"], segment_ids.shape).astype(np.int32)
-    moments, losses = [], []
+    moments, measured = [], []
     for parts in (1, 2):
         sections = sections_of(source)
         sections["stages"]["stage1"]["accumulation"] = parts
         sections["optimizer"] |= {"name": "adamw", "clip_norm": 1e9}
         sections["model"] = {
             **MODEL, "layer_types": ["window"], "moe_types": ["learned"],
-            "num_nextn_predict_layers": 1,
+            "num_nextn_predict_layers": 1, "hc_gate_init": 1.0,
         }
         config = RunConfig.from_config_dict(sections)
         step = jax.jit(make_train_step(config, config.stages[0]))
         state, metrics = step(init_state(config), {"tokens": tokens, "segment_ids": segment_ids})
         leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
         moments.append({path_name(p): np.asarray(x) for p, x in leaves if "/mu/" in path_name(p)})
-        losses.append(float(metrics["loss"]))
-    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
+        measured.append(metrics)
+    metrics = measured[0]
+    assert metrics["sinkhorn_error"] > 1e-3  # far from rounding
+    for name in ("loss", "sinkhorn_error"):
+        assert measured[1][name] == pytest.approx(float(metrics[name]), rel=TOLERANCE), name
+    for name in ("load/layer_0", "load/mtp", "max_load"):
+        np.testing.assert_array_equal(measured[1][name], metrics[name], name)
     whole, added = moments
     floor = CANCELLED * max(map(np.linalg.norm, whole.values()))
     assert len(whole) == len(jax.tree.leaves(split_trainable(state.params)[0]))

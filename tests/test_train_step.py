@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_jit
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv4_jax.params import merge, split_trainable
 from dsv4_jax.run_config import INDEXER, SPARSE, RunConfig
-from dsv4_jax.train_step import init_state, make_train_step, transformer_of
+from dsv4_jax.train_step import LOAD, init_state, make_train_step, transformer_of
 
 ROUNDING = 1e-5  # ratio: the same float32 sums in another order
 STEPS, DECAY_START = 10, 6
@@ -180,3 +180,30 @@ def test_a_step_moves_every_selection_bias_towards_even_load(state, step):
         np.testing.assert_allclose(
             after[path] - before[path], BIAS_RATE * direction, rtol=ROUNDING
         )
+
+
+def test_a_skewed_router_evens_out_by_the_bias_update_alone(state, step):
+    """One expert of each layer starts far ahead; learning without the update leaves it there."""
+
+    def with_biases(params: dict, biases: dict) -> dict:
+        return unflatten_dict({**flatten_dict(params), **biases})
+
+    skewed = {
+        path: jnp.zeros_like(leaf).at[..., 0].set(0.3)
+        for path, leaf in flatten_dict(state.params).items() if path[-1] == "selection_bias"
+    }
+
+    def imbalances(updated: bool) -> list[float]:
+        after, found = state._replace(params=with_biases(state.params, skewed)), []
+        for _ in range(60):
+            after, metrics = step(after, BATCH)
+            if not updated:  # as with a rate of 0
+                after = after._replace(params=with_biases(after.params, skewed))
+            of_layers = [np.max(x) for name, x in metrics.items() if name.startswith(LOAD)]
+            assert metrics["max_load"] == np.max(of_layers)
+            found.append(np.mean(of_layers))
+        return found
+
+    falling, left_alone = imbalances(True), imbalances(False)
+    assert min(left_alone) > 1.7  # 2 if all tokens of all layers went there
+    assert max(falling[-30:]) < 1.25  # 56 slots of 4 experts: one more is 0.07
