@@ -62,6 +62,16 @@ def get_config() -> ConfigDict:
             "sample_temperature": 0.8,
             "sample_top_p": 0.95,
         },
+        "spikes": {  # unpublished, all of it
+            "guard": True,
+            "window": 64,
+            "loss_deviations": 10.0,
+            "norm_deviations": 30.0,
+            "margin": 3,
+            "lag": 8,
+            "steps": 100,
+            "most_rollbacks": 3,
+        },
         "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
     }).lock()
 

@@ -15,7 +15,7 @@ from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import StreamMix, collapse, expand, sinkhorn_error
 from dsv4_jax.moe import MoE
 from dsv4_jax.params import param
-from dsv4_jax.shapes import Array, Bool, Streams, Tokens
+from dsv4_jax.shapes import Array, Bool, Int, Streams, Tokens
 
 
 class Batch(NamedTuple):
@@ -24,6 +24,7 @@ class Batch(NamedTuple):
     tokens: Tokens
     valid: Bool[Array, "b t"]  # not padding
     places: dict[str, Places]  # by attention kind
+    experts: Int[Array, "b t a"] | None = None  # to take, in this layer; None: the router's choice
 
 
 class Block(nn.Module):
@@ -60,9 +61,9 @@ class Block(nn.Module):
         norm = param(self, "moe_norm", "width", width, ones)
         moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
         x = rms_norm(collapse(streams, pre), norm, eps=eps)
-        y, load, balance_loss = moe(x, batch.tokens, batch.valid)
+        y, experts, load, balance_loss = moe(x, batch.tokens, batch.valid, batch.experts)
         error = jnp.maximum(error, sinkhorn_error(comb))
-        stats = LayerStats(load, balance_loss, error, lesson)
+        stats = LayerStats(experts, load, balance_loss, error, lesson)
         return expand(streams, y, post, comb), stats, kept
 
 

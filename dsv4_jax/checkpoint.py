@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Checkpoints:
             check_same_run(saved, config, str(self._where(self.latest_step)))
         self._move_damaged_away()
 
-    def save(self, step: int, state: Any, place: dict) -> None:
+    def save(self, step: int, state: Any, place: dict, routed: list | None = None) -> None:
         """Start to write a checkpoint; it appears under its name only when it is complete.
 
         Blocks until the state is computed and, where it is on an accelerator, copied to the
@@ -82,7 +82,8 @@ class Checkpoints:
         because they are still referred to.
 
         Args:
-          place: in the data, `TrainIterator.get_state()`.
+          place: in the data, `TrainIterator.get_state()`, and what else is plain JSON.
+          routed: the experts of batches ahead, if any.
         Raises:
           InputError: this write or the one before, in the background, failed; its state had
             infinities or NaNs.
@@ -93,6 +94,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state, jax.tree_util.tree_map_with_path(_chunked, state)),
             data=ocp.args.JsonSave(place),
             config=ocp.args.JsonSave(self._config),
+            **({"routed": ocp.args.StandardSave(routed)} if routed else {}),
         )
         jax.block_until_ready(state)  # an error of the computation is none of the disk
         self._wait()
@@ -140,6 +142,21 @@ class Checkpoints:
             self.latest_step, self._manifest = self._newest_undamaged()
             self._move_damaged_away()
 
+    def restore_routed(self, like: list) -> list:
+        """Return the experts of batches ahead that were saved with the state."""
+        return self._restore(routed=ocp.args.StandardRestore(like))["routed"]
+
+    def go_back(self, step: int) -> int | None:
+        """Make the newest undamaged checkpoint up to a step, or else the oldest, the latest one.
+
+        Returns its step, or None if there is no checkpoint.
+        """
+        self._wait()
+        older = [s for s in _steps(self._folder) if s <= step] or sorted(_steps(self._folder))[:1]
+        self.latest_step, self._manifest = self._newest_undamaged(older)
+        self._move_damaged_away()
+        return self.latest_step
+
     def close(self) -> None:
         """Wait for the last write and stop writing.
 
@@ -169,14 +186,18 @@ class Checkpoints:
     def _where(self, step: int) -> Path:
         return self._folder / str(step)
 
-    def _newest_undamaged(self) -> tuple[int | None, dict | None]:
+    def _newest_undamaged(
+        self, steps: Iterable[int] | None = None
+    ) -> tuple[int | None, dict | None]:
         """Find the newest checkpoint that its manifest confirms; note the damaged ones before it.
 
+        Args:
+          steps: of the checkpoints to look at; None: all.
         Raises:
           InputError: there are checkpoints and all are damaged.
         """
-        steps = sorted(_steps(self._folder) - set(self._damaged), reverse=True)
-        for step in steps:
+        steps = _steps(self._folder) if steps is None else steps
+        for step in sorted(set(steps) - set(self._damaged), reverse=True):
             try:
                 return step, check_checkpoint(self._where(step))
             except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -56,7 +57,7 @@ class Pair(nn.Module):
     @nn.compact
     def __call__(
         self, carry: tuple[Streams, dict[str, LayerCache] | None], pair: Int[Array, ""],
-        batch: Batch,
+        experts: dict[str, Int[Array, "b t a"]], batch: Batch,
     ) -> tuple[tuple[Streams, dict[str, LayerCache] | None], dict[str, LayerStats]]:
         """Run pair number `pair` on the streams and on its layers of the caches, by their kind."""
         (streams, caches), stats = carry, {}
@@ -66,7 +67,8 @@ class Pair(nn.Module):
                 self.config, self.runtime, kind, LEARNED, layer, name=kind
             )
             cache = None if caches is None else StackedCache(caches[kind], pair)
-            streams, stats[kind], kept = block(streams, batch, cache)
+            own = batch._replace(experts=experts.get(kind))
+            streams, stats[kind], kept = block(streams, own, cache)
             caches = None if caches is None else caches | {kind: kept}
         return (streams, caches), stats
 
@@ -105,13 +107,21 @@ class Transformer(nn.Module):
         segment_ids: Tokens | None = None,
         positions: Tokens | None = None,
         mtp: bool = True,
+        experts: Mapping[str, Int[Array, "*z b t a"]] | None = None,
     ) -> Features:
+        """Return all that one forward pass yields.
+
+        Args:
+          mtp: run the prediction block, too.
+          experts: that tokens are to use, by the path of the layer's block and stacked as in
+            `LayerStats`; the layers that are not named choose.
+        """
         _check_inputs(self.config, tokens, segment_ids, positions)
         batch = describe_documents(self.config, tokens, segment_ids, positions)
         ahead = None
         if mtp and self.config.num_nextn_predict_layers:
             ahead = tokens_ahead(tokens, segment_ids, 1)
-        return self._run(batch, ahead, None)[0]
+        return self._run(batch, ahead, None, experts or {})[0]
 
     def extend(
         self, tokens: Tokens, count: Int[Array, " b"], cache: Cache
@@ -126,13 +136,13 @@ class Transformer(nn.Module):
         """
         span = Span(cache.length, count)
         batch = describe_span(self.config, tokens, span)
-        features, layers = self._run(batch, None, cache.layers)
+        features, layers = self._run(batch, None, cache.layers, {})
         return features, cache._replace(length=span.start + span.count, layers=layers)
 
     @nn.compact
     def _run(
         self, batch: Batch, ahead: tuple[Tokens, Bool[Array, "b t"]] | None,
-        caches: dict[str, LayerCache] | None,
+        caches: dict[str, LayerCache] | None, experts: Mapping[str, Array],
     ) -> tuple[Features, dict[str, LayerCache] | None]:
         """Run the model; the prediction block, too, where the tokens ahead are given."""
         c, dtype = self.config, self.runtime.compute_dtype
@@ -142,7 +152,7 @@ class Transformer(nn.Module):
 
         x = self._constrain(table[batch.tokens].astype(dtype))
         streams = jnp.broadcast_to(x[:, :, None], (*batch.tokens.shape, c.hc_mult, c.hidden_size))
-        streams, layers, caches = self._layers(streams, batch, caches)
+        streams, layers, caches = self._layers(streams, batch, caches, experts)
         x = StreamHead(c, self.runtime, name="head_mix")(streams)
         hidden = rms_norm(x, final_norm, eps=c.rms_norm_eps)
         mtp_hidden = mtp_logits = None
@@ -151,14 +161,17 @@ class Transformer(nn.Module):
             embedded = jnp.where(exists[..., None], table[after], 0).astype(dtype)
             block = MultiTokenPrediction(c, self.runtime, name="mtp")
             # A document's last token has nothing to predict here: its expert load is not counted.
-            mtp_batch = batch._replace(tokens=after, valid=exists)
+            mtp_batch = batch._replace(
+                tokens=after, valid=exists, experts=experts.get(MTP_BLOCK)
+            )
             mtp_hidden, layers[MTP_BLOCK], _ = block(streams, embedded, mtp_batch)
             mtp_logits = self._logits(mtp_hidden, head)
         logits = self._logits(hidden, head)
         return Features(streams, hidden, mtp_hidden, logits, mtp_logits, layers), caches
 
     def _layers(
-        self, streams: Streams, batch: Batch, caches: dict[str, LayerCache] | None
+        self, streams: Streams, batch: Batch, caches: dict[str, LayerCache] | None,
+        experts: Mapping[str, Array],
     ) -> tuple[Streams, dict[str, LayerStats], dict[str, LayerCache] | None]:
         c, runtime = self.config, self.runtime
         prelude, pairs = factor_schedule(c)
@@ -168,18 +181,21 @@ class Transformer(nn.Module):
             kinds = c.layer_types[layer], c.moe_types[layer]
             block = block_class(runtime)(c, runtime, *kinds, layer, name=name)
             cache = None if caches is None else StackedCache(caches[name], jnp.int32(0))
-            streams, layers[name], kept[name] = block(streams, batch, cache)
+            own = batch._replace(experts=experts.get(name))
+            streams, layers[name], kept[name] = block(streams, own, cache)
             streams = self._constrain(streams)
         if pairs:
             scan = nn.scan(
-                Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=(0, nn.broadcast),
+                Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=(0, 0, nn.broadcast),
                 variable_axes={"params": 0}, split_rngs={"params": True},
                 metadata_params={},
             )
             kinds = c.layer_types[-2:]
+            paths = {kind: f"pairs/{kind}" for kind in kinds}
+            chosen = {kind: experts[path] for kind, path in paths.items() if path in experts}
             of_pairs = None if caches is None else {kind: caches[f"pairs/{kind}"] for kind in kinds}
             (streams, of_pairs), stats = scan(c, runtime, prelude, name="pairs")(
-                (streams, of_pairs), jnp.arange(pairs), batch
+                (streams, of_pairs), jnp.arange(pairs), chosen, batch
             )
             layers |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
             kept |= {f"pairs/{kind}": cache for kind, cache in (of_pairs or {}).items()}

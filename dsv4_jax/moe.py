@@ -79,9 +79,14 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Hidden, tokens: Tokens, valid: Bool[Array, "b t"]
-    ) -> tuple[Hidden, Float[Array, " e"], Float[Array, ""]]:
-        """Return the output, the load of each expert and the sequence balance loss."""
+        self, x: Hidden, tokens: Tokens, valid: Bool[Array, "b t"],
+        experts: Int[Array, "b t a"] | None = None,
+    ) -> tuple[Hidden, Int[Array, "b t a"], Float[Array, " e"], Float[Array, ""]]:
+        """Return the output, each token's experts, the load of each expert and the balance loss.
+
+        Args:
+          experts: take these, with the weights that their scores give; None: the best.
+        """
         c = self.config
         count = c.n_routed_experts
         w_router = param(self, "w_router", "width -> router_experts", (x.shape[-1], count))
@@ -89,7 +94,8 @@ class MoE(nn.Module):
             "btd,de->bte", x.astype(jnp.float32), w_router, self.runtime, precision="highest"
         )
         scores = affinity(logits)
-        experts = self._choose(scores, tokens)
+        if experts is None:
+            experts = self._choose(scores, tokens)
         balance = jnp.zeros(())
         if self.kind != HASH:
             balance = sequence_balance(scores, c.num_experts_per_tok, valid)
@@ -98,7 +104,7 @@ class MoE(nn.Module):
         routing = routing._replace(experts=jnp.where(valid[..., None], experts, count))
         y = Experts(c, self.runtime, name="experts")(x, routing)
         y = y + SharedExpert(c, self.runtime, name="shared")(x)
-        return y, expert_load(experts, count, valid), balance
+        return y, experts, expert_load(experts, count, valid), balance
 
     def _choose(self, scores: Float[Array, "b t e"], tokens: Tokens) -> Int[Array, "b t a"]:
         c = self.config

@@ -199,6 +199,36 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """How a run answers a loss spike: it goes back, then routes by older parameters for a while.
+
+    The batches since the checkpoint that it goes back to count as skipped.
+
+    Source: report 4.2.3, which tells the method and no values; all of these are ours.
+    """
+
+    guard: bool = True  # watch for spikes
+    window: int = 64  # last steps that tell what is usual; from half of them on it is known
+    loss_deviations: float = 10.0  # robust standard deviations above the median that are a spike
+    norm_deviations: float = 30.0  # the same of the gradient's norm
+    margin: int = 3  # steps before a spike of which no checkpoint is trusted
+    lag: int = 8  # anticipatory routing: age, in steps, of the parameters that choose experts
+    steps: int = 100  # that it lasts; 0: none of it
+    most_rollbacks: int = 3  # without a calm stretch between them, more of which end the run
+
+    def __post_init__(self):
+        check_field_types(self)
+        _check_rules(
+            self,
+            ("window", self.window >= 4, "at least 4"),
+            *((name, _is_positive(getattr(self, name)), "a positive number")
+              for name in ("loss_deviations", "norm_deviations")),
+            *((name, getattr(self, name) >= 0, "at least 0") for name in ("margin", "steps")),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in ("lag", "most_rollbacks")),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each mesh axis; their product divides the number of devices."""
 
@@ -232,6 +262,7 @@ class RunConfig:
     stages: tuple[StageConfig, ...]
     optimizer: OptimizerConfig
     train: TrainConfig
+    spikes: SpikeConfig
     mesh: MeshConfig
 
     @classmethod
@@ -300,6 +331,7 @@ _SECTIONS = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "spikes": SpikeConfig,
     "mesh": MeshConfig,
 }
 STAGES = "stages"

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.compiler import compiler_options
@@ -24,6 +26,7 @@ from dsv4_jax.data import (
     prepare_corpus,
 )
 from dsv4_jax.errors import InputError
+from dsv4_jax.feed import Ahead, Feed
 from dsv4_jax.files import check_writable, closing, write_atomically
 from dsv4_jax.flops import count_flops, flops_of
 from dsv4_jax.infer import generate
@@ -34,19 +37,25 @@ from dsv4_jax.profile import Profiler
 from dsv4_jax.run_config import RunConfig, StageConfig, stage_name
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, replicated, shardings_of
 from dsv4_jax.sizes import count_params
+from dsv4_jax.spikes import Spike, SpikeGuard
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
 from dsv4_jax.train_step import (
     HELD_OUT,
+    Skips,
     TrainState,
     abstract_state,
     init_state,
     make_evaluation,
+    make_routing,
     make_train_step,
     state_shardings,
     transformer_of,
 )
 from dsv4_jax.wandb_log import WandbLog, check_wandb
+
+ANTICIPATORY = "anticipatory_routing"  # name of a metric: whether a step had it
+GUARD, ROUTED = "guard", "routed_batches"  # in what a checkpoint has beside the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +90,8 @@ class _Tools:
     log: RunLog
     pace: Pace
     skips: _SkipWatch
+    guard: SpikeGuard
+    routed: dict[int, int]  # by step: batches ahead whose experts its checkpoint has
     stop: StopRequest
 
 
@@ -129,7 +140,7 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
         run.corpus, config.data, config.stages,
         shard_index=jax.process_index(), shard_count=jax.process_count(),
     )
-    first, state = _first_state(run, checkpoints, batches)
+    first, state, place = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
     with closing(RunLog(run.workdir, first, _wandb_log(run))) as log:
@@ -143,7 +154,8 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
                 evaluation.report(first, state.params)
         skips = _SkipWatch(config.train.most_skips, int(state.skips.total))
         tools = _Tools(
-            batches, checkpoints, log, Pace(log, started=run.started), skips, stop
+            batches, checkpoints, log, Pace(log, started=run.started), skips,
+            SpikeGuard(config.spikes, place.get(GUARD)), {first: place.get(ROUTED, 0)}, stop,
         )
         while first < config.steps and not stop:
             first, state = _run_stage(run, tools, state, first)
@@ -160,16 +172,16 @@ def _wandb_log(run: _Run) -> WandbLog | None:
 
 def _first_state(
     run: _Run, checkpoints: Checkpoints, batches: TrainIterator
-) -> tuple[int, TrainState]:
-    """Return the steps taken and their state, with the batches at their place."""
+) -> tuple[int, TrainState, dict]:
+    """Return the steps taken, their state and what was saved with it; batches at their place."""
     step = checkpoints.latest_step
     if step is None:
         with timed("drawing the initial weights"):
-            return 0, jax.block_until_ready(init_state(run.config, run.mesh))
+            return 0, jax.block_until_ready(init_state(run.config, run.mesh)), {}
     state, place = checkpoints.restore(abstract_state(run.config, run.mesh))
     batches.set_state(place)
     say(f"resumed from the checkpoint of step {step}")
-    return step, state
+    return step, state, place
 
 
 def _stage_of(config: RunConfig, step: int) -> StageConfig:
@@ -188,47 +200,120 @@ def _run_stage(
 
     Returns the last step and the state after it. It is an earlier one if a signal came.
     """
-    config, plan = run.config, run.config.train
-    batches, pace = tools.batches, tools.pace
-    stage, last = _stage_of(config, first + 1), config.stage_ends[config.stage_at(first + 1)]
+    config, plan, pace, guard = run.config, run.config.train, tools.pace, tools.guard
+    index = config.stage_at(first + 1)
+    stage, last = config.stages[index], config.stage_ends[index]
     _announce_stage(config, first + 1)
     evaluation = _Evaluation(run, stage, tools.log, tools.stop)
-    batch = run.place(next(batches))
-    step_fn, pace.flops = _compile_step(run, stage, state, batch)
+    guard.begin_stage(index)
+    feed = _open_feed(run, tools, stage, state, first, last)
+    programs = _Programs(run, stage, pace)
     with closing(Profiler(run.workdir / "profile", run.profile_steps)) as profiler:
-        pace.restart()
         for step in range(first + 1, last + 1):
+            ahead = feed.take()
+            program = programs.of(state, ahead)
             profiler.before(step)
             with pace.phase(STEP):
-                state, metrics = step_fn(state, batch)
-            # While the devices work: where a resumed run goes on, and its first batch.
+                state, metrics = program(state, ahead.inputs)
+            # While the devices work: the next batches.
             with pace.phase(DATA):
-                place = batches.get_state()
-                batch = run.place(next(batches)) if step < last else None
+                feed.read(state.params, step, guard.until)
             with pace.phase(STEP):
                 tools.skips.look(step, metrics)
+                spike = guard.look(step, metrics)
             pace.step()
             profiler.after(step, metrics)
             if _is_due(config, step, plan.log_every):
                 with pace.phase(STEP):
                     values = {name: float(x) for name, x in metrics.items() if not x.ndim}
+                values |= {ANTICIPATORY: float(ahead.experts is not None)}
                 values |= pace.values(stage.batch_tokens)
                 say(_step_line(step, config.steps, values))
                 tools.log.metrics(step, values)
+            went_back = spike is not None and tools.checkpoints.go_back(
+                spike.step - config.spikes.margin
+            )
+            if went_back:
+                state = _state_of_before(run, tools, spike, step)
+                feed.drop_experts()
+                feed.read(state.params, step, guard.until)
             if _is_due(config, step, plan.eval_every):
                 with pace.phase(EVALUATION):
                     arrays = {name: x.tolist() for name, x in metrics.items() if x.ndim}
                     tools.log.metrics(step, arrays)
                     evaluation.report(step, state.params)
             ending = bool(tools.stop)
-            if _is_due(config, step, plan.checkpoint_every) or ending:
+            if _is_due(config, step, plan.checkpoint_every) or ending or went_back:
                 # After the log: what a checkpoint covers is neither lost nor logged twice.
                 with pace.phase(SAVING):
-                    tools.checkpoints.save(step, state, place)
+                    place = ahead.place | {GUARD: guard.state(), ROUTED: len(feed.routed)}
+                    tools.checkpoints.save(step, state, place, feed.routed)
             tools.checkpoints.check()
             if ending:
                 break
     return step, state
+
+
+def _open_feed(
+    run: _Run, tools: _Tools, stage: StageConfig, state: TrainState, first: int, last: int
+) -> Feed:
+    """Read the batch of the next step, and those ahead whose experts a checkpoint has."""
+    route = jax.jit(
+        make_routing(run.config, stage, run.mesh), compiler_options=compiler_options()
+    )
+    count, routed = tools.routed.pop(first, 0), []
+    if count:
+        sharding = batch_sharding(run.mesh, stage.rows) if run.mesh else None
+        tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32, sharding=sharding)
+        batch = dict.fromkeys(("tokens", "segment_ids", "positions"), tokens)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=sharding or SingleDeviceSharding(jax.devices()[0])
+            ),
+            jax.eval_shape(route, state.params, batch),
+        )
+        routed = tools.checkpoints.restore_routed([like] * count)
+    feed = Feed(
+        tools.batches, first + 1, last, place=run.place, route=route, lag=run.config.spikes.lag,
+        routed=routed,
+    )
+    feed.read(state.params, first, tools.guard.until)
+    return feed
+
+
+def _state_of_before(run: _Run, tools: _Tools, spike: Spike, step: int) -> TrainState:
+    """Return the state to go back to; all batches that were seen since count as skipped."""
+    say(str(spike))
+    tools.guard.went_back(spike, step)
+    state, _ = tools.checkpoints.restore(abstract_state(run.config, run.mesh))
+    back, until = int(state.step), tools.guard.until
+    skipped = int(state.skips.total) + step - back
+    tools.skips.expect(skipped)
+    seen, total, in_row = (
+        jax.device_put(jnp.int32(x), state.step.sharding) for x in (step, skipped, 0)
+    )
+    say(
+        f"back to the checkpoint of step {back}"
+        + (f"; anticipatory routing up to step {until}" if until > step else "")
+    )
+    return state._replace(step=seen, skips=Skips(total, in_row))
+
+
+class _Programs:
+    """The compiled step of a stage: as usual, and for batches with the experts to use."""
+
+    def __init__(self, run: _Run, stage: StageConfig, pace: Pace):
+        self._run, self._stage, self._pace = run, stage, pace
+        self._compiled = {}
+
+    def of(self, state: TrainState, ahead: Ahead) -> Callable:
+        """Return the program for a batch; the first of its kind is waited for."""
+        kind = ahead.experts is not None
+        if kind not in self._compiled:
+            self._compiled[kind] = _compile_step(self._run, self._stage, state, ahead.inputs)
+            self._pace.restart()
+        program, self._pace.flops = self._compiled[kind]
+        return program
 
 
 def _announce_stage(config: RunConfig, step: int) -> None:
@@ -249,6 +334,10 @@ class _SkipWatch:
 
     def __init__(self, most: int, total: int):
         self._most, self._total, self._before = most, total, None
+
+    def expect(self, total: int) -> None:
+        """Take this for the batches that were skipped, when a run has gone back."""
+        self._total, self._before = total, None
 
     def look(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take a step's numbers, and look at those of the step before.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,12 @@ from dsv4_jax.params import kinds_of, merge, split_trainable
 from dsv4_jax.router import updated_bias
 from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
 from dsv4_jax.schedule import by_layer
-from dsv4_jax.shapes import Array, Float
+from dsv4_jax.shapes import Array, Float, Int
 from dsv4_jax.sharding import replicated, shardings_of
 
-Batch = dict[str, Array]  # "tokens" and, if packed, "segment_ids" and "positions": int32 [b, t]
+# "tokens" and, if packed, "segment_ids" and "positions": int32 [b, t]; "experts" as `make_routing`
+# returns them, for anticipatory routing
+Batch = dict[str, Any]
 Metrics = dict[str, Array]  # scalars; under `LOAD` and a layer's name [e], of all experts
 
 LOAD = "load/"  # starts the names of the layers' loads
@@ -267,6 +269,32 @@ def make_evaluation(
     return evaluate
 
 
+def make_routing(
+    config: RunConfig, stage: StageConfig, mesh: Mesh | None = None
+) -> Callable[[dict, Batch], dict[str, Int[Array, "b ..."]]]:
+    """Return the function from parameters and batch to the experts that these parameters choose.
+
+    They are given by the path of the block, rows first, for all learned routers, and are the
+    `experts` of a batch that `make_train_step` takes.
+    """
+    model = transformer_of(config, stage, mesh)
+
+    def chosen(params: dict, batch: Batch) -> dict[str, Array]:
+        features = model.apply({"params": params}, **batch, method="features")
+        biased = {path[:-2] for path in flatten_dict(params) if path[-1] == "selection_bias"}
+        return {
+            path: _rows_first(stats.experts).astype(jnp.int16)  # there are fewer than 2^15
+            for path, stats in features.layers.items() if tuple(path.split("/")) in biased
+        }
+
+    return chosen
+
+
+def _rows_first(experts: Int[Array, "*z b t a"]) -> Int[Array, "b *z t a"]:
+    """Move the axis of stacked layers, if there is one, behind the rows, or back."""
+    return experts if experts.ndim == 3 else jnp.swapaxes(experts, 0, 1)
+
+
 def _optimizer_of(
     config: RunConfig, learners: Collection[str] = LEARNERS
 ) -> optax.GradientTransformationExtraArgs:
@@ -291,7 +319,12 @@ def _count_targets(batch: Batch, ratio: int) -> Float[Array, " losses"]:
 
 def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: bool) -> Sums:
     """Run the model on a micro-batch, which is this share of the batch."""
-    features = model.apply({"params": params}, **batch, mtp=mtp, method="features")
+    chosen = {
+        path: _rows_first(experts).astype(jnp.int32)
+        for path, experts in batch.get("experts", {}).items()
+    }
+    inputs = {name: batch[name] for name in batch.keys() - {"experts"}}
+    features = model.apply({"params": params}, **inputs, mtp=mtp, experts=chosen, method="features")
     tokens, segments = batch["tokens"], batch.get("segment_ids")
     head, mtp_nats = params["head"], jnp.zeros(())
     if features.mtp_hidden is not None:

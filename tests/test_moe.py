@@ -299,7 +299,7 @@ def test_layer_adds_the_shared_expert_and_scales_routed_ones(kind):
     expected += numpy_experts(x, everywhere, np.ones(everywhere.shape), of_all)
 
     moe = MoE(config, Runtime(), kind, 0)
-    y, load, balance_loss = jax.jit(moe.apply)({"params": params}, x, tokens, valid)
+    y, _, load, balance_loss = jax.jit(moe.apply)({"params": params}, x, tokens, valid)
     assert_close(y, expected)
     np.testing.assert_array_equal(load, np.bincount(experts.reshape(-1), minlength=EXPERTS))
     balance = 0.0 if kind == HASH else float(jit_balance(scores, CHOSEN, valid))
