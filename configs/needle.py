@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
             "csa": "dense",  # the indexer is untrained, so CSA sees all of its entries
             "moe": "auto",
             "scan_unroll": 1,
+            "linears": "plain",
+            "keys": "plain",
+            "indexer": "plain",
             "cache": "float32",
             "batch_invariant": False,
         },

@@ -23,6 +23,7 @@ from dsv4_jax.optimizer import (
     make_optimizer,
 )
 from dsv4_jax.params import kinds_of, merge, split_trainable
+from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.router import updated_bias
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.shapes import Array, Float
@@ -120,7 +121,8 @@ def make_train_step(
 
     The objective is the mean next-token loss, plus mtp_weight times that of multi-token
     prediction, plus balance_weight times the sum of the layers' sequence balance losses. With
-    micro-batches the gradient is exactly that of the whole batch.
+    micro-batches the gradient is exactly that of the whole batch. It is taken at the weights that
+    `runtime.linears` rounds, and moves the unrounded ones.
 
     A batch whose objective or gradient is not finite moves nothing, the place in the schedule
     included, and is counted; `train.skip_non_finite` says whether.
@@ -134,6 +136,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_trainable(state.params)
+        rounded = round_weights(trainable, config.model, config.runtime.linears)
+        if mesh is not None:
+            rounded = jax.lax.with_sharding_constraint(rounded, placed)
         targets = jnp.maximum(_count_targets(batch), 1)
         taken = state.step - state.skips.total
         mtp_weight = jnp.where(taken < decays_from, train.mtp_weight, train.mtp_weight_in_decay)
@@ -150,7 +155,7 @@ def make_train_step(
                 gradients = jax.lax.with_sharding_constraint(gradients, placed)
             return gradients, sums
 
-        gradients, sums = _accumulate(gradient, trainable, batch, train.accumulation)
+        gradients, sums = _accumulate(gradient, rounded, batch, train.accumulation)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trainable)
         params = merge(optax.apply_updates(trainable, updates), frozen)
         params = _rebalance(params, sums.load, train.bias_update_rate)
@@ -188,6 +193,7 @@ def make_evaluation(
     model = transformer_of(config, mesh)
 
     def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
+        params = round_weights(params, config.model, config.runtime.linears)
         features = model.apply({"params": params}, **batch, mtp=False, method="features")
         targets = shifted_targets(batch["tokens"], batch.get("segment_ids"), 1)
         return token_nats(features.hidden, params["head"], *targets)
