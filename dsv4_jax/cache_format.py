@@ -135,7 +135,7 @@ def _encode_fp8(x: Float[Array, "*rows k"]) -> tuple[UInt8[Array, "*rows k"], Ar
     groups, exponents = _scaled(x, FP8_GROUP, FP8, FP8_FLOOR)
     codes = nearest(groups, FP8).astype(jnp.float8_e4m3fn)
     codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], exponents
+    return _join(codes, x.shape[-1]), exponents
 
 
 def _scaled(
@@ -147,15 +147,20 @@ def _scaled(
     """
     missing = -x.shape[-1] % group
     x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, missing)))
-    groups = x.reshape(*x.shape[:-1], -1, group)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
     largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), floor)
     exponents = scale_exponents(largest, form)
     return times_power(groups, -exponents[..., None]), exponents
 
 
+def _join(groups: Array, width: int) -> Array:
+    """Put groups of channels side by side again."""
+    return groups.reshape(*groups.shape[:-2], groups.shape[-2] * groups.shape[-1])[..., :width]
+
+
 def _encode_fp4(x: Float[Array, "*rows j"]) -> UInt8[Array, "*rows bytes"]:
     groups, exponents = _scaled(x, FP4_GROUP, FP4, FP4_FLOOR)
-    codes = _encode_e2m1(groups.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]])
+    codes = _encode_e2m1(_join(groups, x.shape[-1]))
     packed = codes[..., ::2] | (codes[..., 1::2] << 4)
     return jnp.concatenate([packed, (exponents + E8M0_BIAS).astype(jnp.uint8)], axis=-1)
 

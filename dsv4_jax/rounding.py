@@ -55,7 +55,7 @@ def round_blocks(
       floor: the least that a block is scaled for.
     """
     lead, shape = x.shape[:-2], x.shape[-2:]
-    block = [min(size, step) for size, step in zip(shape, block, strict=True)]
+    block = [min(max(size, 1), step) for size, step in zip(shape, block, strict=True)]
     missing = [(0, -size % step) for size, step in zip(shape, block, strict=True)]
     tiles = jnp.pad(x, (*((0, 0),) * len(lead), *missing))
     padded = tiles.shape[-2:]
