@@ -26,7 +26,7 @@ from dsv4_jax.cache import init_cache
 from dsv4_jax.cache_format import (
     decode_index_key,
     encode_index_key,
-    round_index_query,
+    round_index,
     round_scores,
 )
 from dsv4_jax.config import CACHE_FORMATS, SERVED
@@ -79,7 +79,7 @@ def _recall_of(asked: IndexQueries, config: ModelConfig) -> jax.Array:
     width, k, ratio = config.index_head_dim, config.index_topk, config.csa_ratio
     keys = decode_index_key(encode_index_key(asked.keys, SERVED), width, SERVED, jnp.float32)
     exact = _scores(asked.queries, asked.head_weights, asked.keys)
-    rounded = _scores(round_index_query(asked.queries, SERVED), asked.head_weights, keys)
+    rounded = _scores(round_index(asked.queries, SERVED), asked.head_weights, keys)
     visible = (jnp.arange(exact.shape[0]) + 1) // ratio
     seen = jnp.arange(exact.shape[1]) < visible[:, None]
 

@@ -2,12 +2,15 @@
 
     python benchmarks/train_step.py --lengths=256,1024,4096
     python benchmarks/train_step.py --safety --lengths=1024 --repeats=40
+    python benchmarks/train_step.py --rounding --lengths=1024 --repeats=40
 
 The first prints tokens per second with AdamW, what Muon costs more, memory and GFLOP. The
 dimensions are those at which MaxText 0.2.5 was measured; see benchmarks/README.md.
 
 The second prints what safety costs: steps with the guard against infinities and NaNs beside steps
 without, in turn, and what a checkpoint in the background holds up.
+
+The third prints what the simulation of low precision costs: steps with it beside steps without.
 """
 
 from __future__ import annotations
@@ -41,7 +44,14 @@ from dsv4_jax.train_step import init_state, make_train_step
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096"], "Tokens per sequence.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps; the fastest is printed.", lower_bound=1)
 SAFETY = flags.DEFINE_bool("safety", False, "Measure what guard and checkpoints cost instead.")
+ROUNDING = flags.DEFINE_bool("rounding", False, "Measure what low precision costs instead.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+
+
+MODES = (
+    {"linears": "fp8"}, {"linears": "fp4"}, {"keys": "fp8"}, {"indexer": "fp4"},
+    {"linears": "fp4", "keys": "fp8", "indexer": "fp4"},
+)
 
 
 def run_config(length: int, optimizer: str) -> RunConfig:
@@ -101,8 +111,22 @@ def print_guard(config: RunConfig) -> None:
     unguarded = dataclasses.replace(
         config, train=dataclasses.replace(config.train, skip_non_finite=False)
     )
+    print_ratio(config, unguarded, "the guard")
+
+
+def print_rounding(config: RunConfig) -> None:
+    """Do the same for each kind of low precision, and for all of them together."""
+    for changes in MODES:
+        runtime = dataclasses.replace(config.runtime, **changes)
+        rounded = dataclasses.replace(config, runtime=runtime)
+        name = ", ".join(f"{key}={value}" for key, value in changes.items())
+        print_ratio(rounded, config, name)
+
+
+def print_ratio(config: RunConfig, other: RunConfig, name: str) -> None:
+    """Take steps of both in turn; print the ratio of their times."""
     batch, programs, states = batch_of(config), [], []
-    for which in (config, unguarded):
+    for which in (config, other):
         states.append(init_state(which))
         programs.append(compiled_step(which, states[-1], batch))
     ratios = []
@@ -118,7 +142,7 @@ def print_guard(config: RunConfig) -> None:
     low = ordered[max(0, int(middle - half))]
     high = ordered[min(len(ratios) - 1, int(middle + half))]
     print(
-        f"{config.stages[0].seq_len} tokens, {config.optimizer.name}: with the guard "
+        f"{config.stages[0].seq_len} tokens, {config.optimizer.name}: with {name} "
         f"{statistics.median(ratios):.4f} of the time without (95 %: {low:.4f} to {high:.4f}, "
         f"{len(ratios)} pairs)", flush=True,
     )
@@ -160,7 +184,10 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DTYPE.value}")
     lengths = [int(length) for length in LENGTHS.value]
-    if SAFETY.value:
+    if ROUNDING.value:
+        for length in lengths:
+            print_rounding(run_config(length, "muon"))
+    elif SAFETY.value:
         for length in lengths:
             print_guard(run_config(length, "adamw"))
             print_guard(run_config(length, "muon"))

@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
             "remat": True,
             "moe": "auto",
             "scan_unroll": 1,
+            "linears": "fp8",  # "the FP8 training framework" of V3; details are unpublished
+            "keys": "plain",  # unpublished for pre-training; "fp8" after it
+            "indexer": "plain",  # "fp4" after pre-training, with "linears" then "fp4"
             "cache": "float32",
             "batch_invariant": False,
         },

@@ -89,7 +89,7 @@ def init_cache(
     """Make an empty cache.
 
     Args:
-      runtime: its `cache` is the format of keys and entries.
+      runtime: says how keys and entries are stored.
       rows: of the batch.
       max_length: tokens that a row may come to have.
       drafting: keep what drafts by multi-token prediction need, too.
@@ -98,12 +98,12 @@ def init_cache(
     """
     _check_sizes(config, runtime, rows, max_length, drafting)
     layers = {
-        path: _layer_cache(config, runtime.cache, group, rows, max_length)
+        path: _layer_cache(config, runtime, group, rows, max_length)
         for path, group in block_groups(config).items()
     }
     mtp = None
     if drafting:
-        layer = _layer_cache(config, runtime.cache, BlockGroup(WINDOW, 1), rows, max_length)
+        layer = _layer_cache(config, runtime, BlockGroup(WINDOW, 1), rows, max_length)
         shape = (rows, config.hc_mult, config.hidden_size)
         mtp = MTPCache(layer, jnp.zeros(shape, runtime.compute_dtype))
     return Cache(jnp.zeros(rows, jnp.int32), layers, mtp)
@@ -120,8 +120,8 @@ def _check_sizes(
             f"max_length: expected 1 to {context} tokens (max_position_embeddings), got "
             f"{max_length}"
         )
-    if runtime.cache == SERVED and CSA in config.layer_types:
-        check_served(config)
+    if runtime.index_format == SERVED and CSA in config.layer_types:
+        check_served(config.index_head_dim)
     if drafting and not config.num_nextn_predict_layers:
         raise InputError(
             "drafting: expected a model with multi-token prediction, got one without; turn it off"
@@ -129,10 +129,10 @@ def _check_sizes(
 
 
 def _layer_cache(
-    config: ModelConfig, form: str, group: BlockGroup, rows: int, max_length: int
+    config: ModelConfig, runtime: Runtime, group: BlockGroup, rows: int, max_length: int
 ) -> LayerCache:
     lead = (group.layers, rows)
-    entry_width, dtype = entry_array(config, form)
+    entry_width, dtype = entry_array(config, runtime.entry_format)
     window = jnp.zeros((*lead, config.sliding_window, entry_width), dtype)
     if group.kind == WINDOW:
         return LayerCache(window, None, None)
@@ -148,9 +148,8 @@ def _layer_cache(
     main = store(config.head_dim, entry_width, dtype)
     if group.kind == HCA:
         return LayerCache(window, main, None)
-    return LayerCache(
-        window, main, store(config.index_head_dim, *index_key_array(config, form))
-    )
+    stored = index_key_array(config, runtime.index_format)
+    return LayerCache(window, main, store(config.index_head_dim, *stored))
 
 
 def ring_positions(start: Int[Array, " b"], slots: int) -> Int[Array, "b slots"]:

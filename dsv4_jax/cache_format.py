@@ -12,6 +12,7 @@ Source: report 2.3.4, 5.2.1; fact sheet 2.6, 2.7 and 7 (cache format).
 from __future__ import annotations
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,13 @@ import numpy as np
 
 from dsv4_jax.config import SERVED, ModelConfig
 from dsv4_jax.errors import InputError
+from dsv4_jax.quant import E8M0_BIAS, FP4, FP8, Format
+from dsv4_jax.rounding import FP8_FLOOR, nearest, scale_exponents, straight_through, times_power
 from dsv4_jax.shapes import Array, Float, Int, UInt8
 
-FP8_GROUP, FP8_LARGEST, FP8_FLOOR = 64, 448.0, 1e-4
-FP4_GROUP, FP4_LARGEST, FP4_FLOOR = 32, 6.0, 6 * 2.0**-126
+FP8_GROUP = 64
+FP4_GROUP, FP4_FLOOR = 32, 6 * 2.0**-126
 SCALE_BYTES = 8  # the scales of an entry fill a multiple of so many bytes
-E8M0_BIAS = 127
-
-# Between two neighbours of E2M1's grid 0 0.5 1 1.5 2 3 4 6; a tie goes to the even code.
-FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-FP4_TIES_UP = (False, True, False, True, False, True, False)
 
 # The two values of every byte of FP4 codes.
 _FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -36,13 +34,13 @@ _FP4 = np.concatenate([_FP4, -_FP4])
 _FP4_PAIRS = np.stack([_FP4[np.arange(256) & 15], _FP4[np.arange(256) >> 4]], axis=-1)
 
 
-def check_served(config: ModelConfig) -> None:
-    """Raise an InputError unless a model's index keys can be rotated by a Hadamard matrix."""
-    width = config.index_head_dim
+def check_served(width: int) -> None:
+    """Raise an InputError unless index keys of this width can be rotated by a Hadamard matrix."""
     if width & (width - 1):
         raise InputError(
-            "cache 'served': expected index_head_dim to be a power of two, which a Hadamard "
-            f"matrix rotates, got {width}; store the cache as 'bfloat16' or 'float32'"
+            "index keys in FP4: expected index_head_dim to be a power of two, which a Hadamard "
+            f"matrix rotates, got {width}; set runtime.indexer to 'plain' and runtime.cache to "
+            "'bfloat16' or 'float32'"
         )
 
 
@@ -92,17 +90,18 @@ def decode_entry(
     return jnp.concatenate([values.astype(dtype), turned.astype(dtype)], axis=-1)
 
 
+def round_entry(x: Float[Array, "*rows k"], config: ModelConfig) -> Float[Array, "*rows k"]:
+    """Return key-value entries as they come back from a served cache; straight-through."""
+    return straight_through(partial(_round_entry, config=config), x)
+
+
+def _round_entry(x: Array, config: ModelConfig) -> Array:
+    return decode_entry(encode_entry(x, config, SERVED), config, SERVED, x.dtype)
+
+
 def encode_index_key(x: Float[Array, "*rows j"], form: str) -> Array:
     """Store index keys."""
-    if form != SERVED:
-        return x.astype(form)
-    width = x.shape[-1]
-    spread = jnp.einsum("...j,jx->...x", x.astype(jnp.float32), _hadamard(width),
-                        precision="highest")
-    groups, exponents = _scaled(spread, FP4_GROUP, FP4_LARGEST, FP4_FLOOR)
-    codes = _encode_e2m1(groups.reshape(*x.shape[:-1], -1)[..., :width])
-    packed = codes[..., ::2] | (codes[..., 1::2] << 4)
-    return jnp.concatenate([packed, (exponents + E8M0_BIAS).astype(jnp.uint8)], axis=-1)
+    return _encode_fp4(_rotate(x)) if form == SERVED else x.astype(form)
 
 
 def decode_index_key(
@@ -116,11 +115,11 @@ def decode_index_key(
     return (values * _spread(scales, FP4_GROUP, width)).astype(dtype)
 
 
-def round_index_query(x: Float[Array, "*rows j"], form: str) -> Array:
-    """Return index queries as the stored keys have to meet them: rotated and rounded alike."""
+def round_index(x: Float[Array, "*rows j"], form: str) -> Array:
+    """Return index queries or keys as stored keys are: rotated and rounded, straight-through."""
     if form != SERVED:
         return x
-    return decode_index_key(encode_index_key(x, form), x.shape[-1], form, x.dtype)
+    return straight_through(_round_fp4, _rotate(x)).astype(x.dtype)
 
 
 def round_scores(scores: Float[Array, "*rows c"], form: str) -> Float[Array, "*rows c"]:
@@ -133,14 +132,14 @@ def _split_width(config: ModelConfig) -> tuple[int, int]:
 
 
 def _encode_fp8(x: Float[Array, "*rows k"]) -> tuple[UInt8[Array, "*rows k"], Array]:
-    groups, exponents = _scaled(x, FP8_GROUP, FP8_LARGEST, FP8_FLOOR)
-    codes = jnp.clip(groups, -FP8_LARGEST, FP8_LARGEST).astype(jnp.float8_e4m3fn)
+    groups, exponents = _scaled(x, FP8_GROUP, FP8, FP8_FLOOR)
+    codes = nearest(groups, FP8).astype(jnp.float8_e4m3fn)
     codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], exponents
+    return _join(codes, x.shape[-1]), exponents
 
 
 def _scaled(
-    x: Float[Array, "*rows k"], group: int, largest: float, floor: float
+    x: Float[Array, "*rows k"], group: int, form: Format, floor: float
 ) -> tuple[Float[Array, "*rows g group"], Int[Array, "*rows g"]]:
     """Divide groups of channels by the least power of two that brings them into the range.
 
@@ -148,15 +147,26 @@ def _scaled(
     """
     missing = -x.shape[-1] % group
     x = jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, missing)))
-    groups = x.reshape(*x.shape[:-1], -1, group)
-    needed = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), floor) / largest
-    bits = jax.lax.bitcast_convert_type(needed, jnp.int32)
-    exponents = (bits >> 23) - E8M0_BIAS + ((bits & 0x7FFFFF) != 0)
-    return groups * _power_of_two(-exponents)[..., None], exponents
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+    largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=-1), floor)
+    exponents = scale_exponents(largest, form)
+    return times_power(groups, -exponents[..., None]), exponents
 
 
-def _power_of_two(exponents: Int[Array, "*rows g"]) -> Float[Array, "*rows g"]:
-    return jax.lax.bitcast_convert_type((exponents + E8M0_BIAS) << 23, jnp.float32)
+def _join(groups: Array, width: int) -> Array:
+    """Put groups of channels side by side again."""
+    return groups.reshape(*groups.shape[:-2], groups.shape[-2] * groups.shape[-1])[..., :width]
+
+
+def _encode_fp4(x: Float[Array, "*rows j"]) -> UInt8[Array, "*rows bytes"]:
+    groups, exponents = _scaled(x, FP4_GROUP, FP4, FP4_FLOOR)
+    codes = _encode_e2m1(_join(groups, x.shape[-1]))
+    packed = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return jnp.concatenate([packed, (exponents + E8M0_BIAS).astype(jnp.uint8)], axis=-1)
+
+
+def _round_fp4(x: Float[Array, "*rows j"]) -> Float[Array, "*rows j"]:
+    return decode_index_key(_encode_fp4(x), x.shape[-1], SERVED, x.dtype)
 
 
 def _spread(scales: UInt8[Array, "*rows g"], group: int, width: int) -> Float[Array, "*rows k"]:
@@ -166,12 +176,10 @@ def _spread(scales: UInt8[Array, "*rows g"], group: int, width: int) -> Float[Ar
 
 
 def _encode_e2m1(x: Float[Array, "*rows j"]) -> UInt8[Array, "*rows j"]:
-    size = jnp.abs(x)
-    above = (
-        size >= middle if up else size > middle
-        for middle, up in zip(FP4_MIDPOINTS, FP4_TIES_UP, strict=True)
-    )
-    return (sum(a.astype(jnp.uint8) for a in above) | (jnp.signbit(x).astype(jnp.uint8) << 3))
+    size = nearest(jnp.abs(x), FP4)
+    # The codes 0 to 7 are 0, 0.5, 1, 1.5, 2, 3, 4, 6: steps of a half, of one, of two.
+    code = jnp.minimum(jnp.minimum(2 * size, size + 2), size / 2 + 4)
+    return code.astype(jnp.uint8) | (jnp.signbit(x).astype(jnp.uint8) << 3)
 
 
 def _decode_e2m1(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows half 2"]:
@@ -180,6 +188,12 @@ def _decode_e2m1(packed: UInt8[Array, "*rows half"]) -> Float[Array, "*rows half
     On CPU looking a byte up takes half the time of taking its bits apart.
     """
     return jnp.asarray(_FP4_PAIRS).at[packed].get(mode="promise_in_bounds")
+
+
+def _rotate(x: Float[Array, "*rows j"]) -> Float[Array, "*rows j"]:
+    check_served(x.shape[-1])
+    matrix = _hadamard(x.shape[-1])
+    return jnp.einsum("...j,jx->...x", x.astype(jnp.float32), matrix, precision="highest")
 
 
 @functools.cache

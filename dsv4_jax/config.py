@@ -14,6 +14,7 @@ from dsv4_jax.errors import InputError
 WINDOW, CSA, HCA = "window", "csa", "hca"
 HASH, LEARNED = "hash", "learned"
 SERVED = "served"
+PLAIN, FP8, FP4 = "plain", "fp8", "fp4"
 ATTENTION_KINDS = (WINDOW, CSA, HCA)
 MOE_KINDS = (HASH, LEARNED)
 CACHE_FORMATS = ("float32", "bfloat16", SERVED)
@@ -110,7 +111,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a model is computed: all that changes speed, memory or rounding, not the model."""
+    """How a model is computed: all that changes speed, memory or rounding, not the model.
+
+    Where `linears` is not "plain", products round tokens alone: their weights are to be rounded
+    once, before, by `round_weights`. Training and evaluation of runs do this by themselves.
+    """
 
     dtype: str = "float32"  # of activations and products: "float32" or "bfloat16"
     remat: bool = False  # recompute each block in the backward pass instead of storing it
@@ -118,6 +123,9 @@ class Runtime:
     index_learns: bool = False  # training: compare index scores with the attention of entries
     moe: str = "auto"  # grouped expert products: "auto", "blocks" or "ragged"
     scan_unroll: int = 1  # layer pairs in one step of the scan over depth
+    linears: str = PLAIN  # factors of products rounded to "fp8", or experts' weights to "fp4" too
+    keys: str = PLAIN  # keys and compressed entries rounded to "fp8", as served
+    indexer: str = PLAIN  # index queries and keys rounded to "fp4", scores to bfloat16, as served
     cache: str = "float32"  # stored keys: "float32", "bfloat16" or "served" (FP8, FP4 index keys)
     batch_invariant: bool = False  # inference: a row has the same bits whatever its batch
     mesh: jax.sharding.Mesh | None = None  # devices; None leaves placement to JAX
@@ -127,11 +135,24 @@ class Runtime:
         """The dtype of activations."""
         return jnp.dtype(self.dtype)
 
+    @property
+    def entry_format(self) -> str:
+        """How a cache stores keys and entries: what is rounded as served, is stored as served."""
+        return SERVED if self.keys == FP8 else self.cache
+
+    @property
+    def index_format(self) -> str:
+        """How a cache stores index keys."""
+        return SERVED if self.indexer == FP4 else self.cache
+
     def __post_init__(self):
         check_field_types(self)
         check_choice("Runtime.dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("Runtime.csa", self.csa, ("sparse", "dense"))
         check_choice("Runtime.moe", self.moe, ("auto", "blocks", "ragged"))
+        check_choice("Runtime.linears", self.linears, (PLAIN, FP8, FP4))
+        check_choice("Runtime.keys", self.keys, (PLAIN, FP8))
+        check_choice("Runtime.indexer", self.indexer, (PLAIN, FP4))
         check_choice("Runtime.cache", self.cache, CACHE_FORMATS)
         if self.scan_unroll < 1:
             raise InputError(f"Runtime.scan_unroll: expected at least 1, got {self.scan_unroll}")

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv4_jax.errors import InputError
 from dsv4_jax.layers import clamped_swiglu
+from dsv4_jax.rounding import TOKEN_BLOCK, round_tokens
 from dsv4_jax.router import Routing
 from dsv4_jax.shapes import Array, Float, Hidden, Int
 from dsv4_jax.sharding import BATCH_AXES
@@ -35,7 +37,7 @@ class Plan(NamedTuple):
 
 def routed_experts(
     x: Hidden, routing: Routing, weights: ExpertWeights, *, limit: float, implementation: str,
-    mesh: Mesh | None, invariant: bool = False,
+    mesh: Mesh | None, invariant: bool = False, rounded: bool = False,
 ) -> Hidden:
     """Return the weighted sum of each token's experts.
 
@@ -46,11 +48,17 @@ def routed_experts(
         on CPU, where ragged_dot computes every expert for every row.
       mesh: devices that share the experts ("expert"), their width ("tensor") and the tokens.
       invariant: for inference: give a token the same bits whatever the number beside it.
+      rounded: multiply tokens rounded to FP8.
+    Raises:
+      InputError: channels that FP8 scales together would be on several devices.
     """
+    if rounded and mesh is not None:
+        _check_groups(weights.down.shape[1], mesh.shape["tensor"])
     if implementation == "auto":
         implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
     compute = partial(
-        _compute_experts, limit=limit, implementation=implementation, invariant=invariant
+        _compute_experts, limit=limit, implementation=implementation, invariant=invariant,
+        rounded=rounded,
     )
     if mesh is None:
         return compute(x, *routing, weights).astype(x.dtype)
@@ -60,6 +68,16 @@ def routed_experts(
         partial(_exchange, compute), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
     )
     return sharded(x, *routing, weights)
+
+
+def _check_groups(width: int, devices: int) -> None:
+    group = TOKEN_BLOCK[1]
+    if devices > 1 and width // devices % group:
+        raise InputError(
+            f"mesh.tensor: expected parts of moe_intermediate_size in multiples of {group}, which "
+            f"FP8 scales together, got {width} / {devices} = {width // devices}; use fewer devices "
+            "there, or runtime.linears=plain"
+        )
 
 
 def _exchange(compute, x, experts, gates, weights: ExpertWeights):
@@ -76,7 +94,7 @@ def _exchange(compute, x, experts, gates, weights: ExpertWeights):
 
 def _compute_experts(
     x: Hidden, experts: Int[Array, "b t a"], gates: Float[Array, "b t a"],
-    weights: ExpertWeights, *, limit: float, implementation: str, invariant: bool,
+    weights: ExpertWeights, *, limit: float, implementation: str, invariant: bool, rounded: bool,
 ) -> Hidden:
     """Sum the experts held here; ids past the last of them contribute nothing. float32."""
     b, t, d = x.shape
@@ -89,17 +107,20 @@ def _compute_experts(
     else:
         plan, sizes = _plan_groups(chosen, count)
         product = partial(_by_group, sizes=sizes)
-    rows = _dispatch(x.reshape(b * t, d), plan)
+    x = x.reshape(b * t, d)
+    rows = _dispatch(round_tokens(x) if rounded else x, plan)
     row_gates = jnp.take(gates.reshape(-1), plan.source, mode="fill", fill_value=0)
-    out = product(partial(_expert, limit=limit), rows, row_gates, weights)
+    expert = partial(_expert, limit=limit, rounded=rounded)
+    out = product(expert, rows, row_gates, weights)
     return _combine(out, plan).reshape(b, t, d)
 
 
-def _expert(product, rows, row_gates, weights: ExpertWeights, *, limit: float):
+def _expert(product, rows, row_gates, weights: ExpertWeights, *, limit: float, rounded: bool):
     """Run a SwiGLU expert; the expert's weight scales its hidden layer, as in the reference."""
     gate, up = product(rows, weights.gate), product(rows, weights.up)
     hidden = clamped_swiglu(gate, up, limit) * row_gates[:, None]
-    return product(hidden.astype(rows.dtype), weights.down)
+    hidden = hidden.astype(rows.dtype)
+    return product(round_tokens(hidden) if rounded else hidden, weights.down)
 
 
 def _by_group(expert, rows, row_gates, weights: ExpertWeights, *, sizes: Int[Array, " e"]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.config import Runtime
+from dsv4_jax.config import PLAIN, Runtime
+from dsv4_jax.rounding import round_tokens
 from dsv4_jax.shapes import Array, Float
 
 # XLA on CPU, with jax 0.12, has two kernels for products by up to 8 columns, which round unlike;
@@ -27,6 +28,21 @@ def project(
         return jnp.einsum(form, x, w, **options)
     w = jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, LEAST_COLUMNS - columns)])
     return jnp.einsum(form, x, w, **options)[..., :columns]
+
+
+def linear(
+    form: str, x: Float[Array, "..."], w: Float[Array, "..."], runtime: Runtime, **options
+) -> Array:
+    """Multiply tokens by a matrix that checkpoints store in FP8: `project`, with rounded tokens.
+
+    Args:
+      form: the axes of x that it sums over are the last ones, in the order of the matrix's columns.
+    """
+    if runtime.linears != PLAIN:
+        axes, _, out = form.replace("->", ",").split(",")
+        kept = sum(axis in out for axis in axes)
+        x = round_tokens(x.reshape(*x.shape[:kept], -1)).reshape(x.shape)
+    return project(form, x, w, runtime, **options)
 
 
 def rms_norm(

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.config import HASH, ModelConfig, Runtime
+from dsv4_jax.config import HASH, PLAIN, ModelConfig, Runtime
 from dsv4_jax.experts import ExpertWeights, routed_experts
-from dsv4_jax.layers import clamped_swiglu, project
+from dsv4_jax.layers import clamped_swiglu, linear, project
 from dsv4_jax.params import Init, param
 from dsv4_jax.router import (
     Routing,
@@ -40,7 +40,7 @@ class Experts(nn.Module):
         return routed_experts(
             x, routing, ExpertWeights(w_gate, w_up, w_down), limit=c.swiglu_limit,
             implementation=self.runtime.moe, mesh=self.runtime.mesh,
-            invariant=self.runtime.batch_invariant,
+            invariant=self.runtime.batch_invariant, rounded=self.runtime.linears != PLAIN,
         )
 
 
@@ -57,11 +57,11 @@ class SharedExpert(nn.Module):
         w_up = param(self, "w_up", "width -> expert_width", (d, f))
         w_down = param(self, "w_down", "expert_width -> width", (f, d))
         gate, up = (
-            project("btd,df->btf", x, w, self.runtime, preferred_element_type=jnp.float32)
+            linear("btd,df->btf", x, w, self.runtime, preferred_element_type=jnp.float32)
             for w in (w_gate, w_up)
         )
         hidden = clamped_swiglu(gate, up, limit).astype(x.dtype)
-        return project("btf,fd->btd", hidden, w_down, self.runtime)
+        return linear("btf,fd->btd", hidden, w_down, self.runtime)
 
 
 class MoE(nn.Module):

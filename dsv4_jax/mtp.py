@@ -8,7 +8,7 @@ from dsv4_jax.block import Batch, block_class
 from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layer_stats import LayerStats
-from dsv4_jax.layers import project, rms_norm
+from dsv4_jax.layers import linear, rms_norm
 from dsv4_jax.mhc import StreamHead
 from dsv4_jax.params import param
 from dsv4_jax.shapes import Hidden, Streams
@@ -43,8 +43,8 @@ class MultiTokenPrediction(nn.Module):
         w_stream = param(self, "w_stream", "width -> width_out", (d, d))
         e = rms_norm(next_embedding, token_norm, eps=c.rms_norm_eps)
         h = rms_norm(streams, stream_norm, eps=c.rms_norm_eps)
-        joined = project("btd,dx->btx", e, w_token, self.runtime)[:, :, None]
-        joined = joined + project("btnd,dx->btnx", h, w_stream, self.runtime)
+        joined = linear("btd,dx->btx", e, w_token, self.runtime)[:, :, None]
+        joined = joined + linear("btnd,dx->btnx", h, w_stream, self.runtime)
         block = block_class(self.runtime)(
             c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block"
         )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from dsv4_jax.config import ModelConfig, Runtime, check_choice
+from dsv4_jax.config import PLAIN, ModelConfig, Runtime, check_choice
 from dsv4_jax.convert.leaves import leaf_dtype, leaves_of
 from dsv4_jax.convert.load import load_pretrained
 from dsv4_jax.convert.opening import CONFIG, LARGEST_CONFIG, open_checkpoint
 from dsv4_jax.convert.source import Source
 from dsv4_jax.convert.untrusted import checked_path, read_json
 from dsv4_jax.errors import InputError
+from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.run_config import RunConfig, StageConfig
 from dsv4_jax.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -45,13 +48,22 @@ class ModelFolder:
     skip_mtp: bool
 
     def load(self) -> ServedModel:
-        """Read the weights.
+        """Read the weights and round them as the run does.
 
         Raises:
           InputError: they cannot be read.
         """
-        _, params = load_pretrained(self.path, dtype=self.dtype, skip_mtp=self.skip_mtp)
+        linears = self.runtime.linears
+        stored = None if linears != PLAIN else self.dtype  # a run rounds what is stored
+        _, params = load_pretrained(self.path, dtype=stored, skip_mtp=self.skip_mtp)
+        params = round_weights(params, self.config, linears)
+        if stored != self.dtype:
+            params = jax.tree.map(partial(_cast, dtype=self.dtype), params)
         return ServedModel(self.config, self.runtime, params, self.tokenizer)
+
+
+def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
+    return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def open_model(

@@ -34,6 +34,7 @@ from dsv4_jax.log import RunLog
 from dsv4_jax.model import param_shapes
 from dsv4_jax.pace import DATA, EVALUATION, SAVING, SPEED, STEP, Pace
 from dsv4_jax.profile import Profiler
+from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.run_config import RunConfig, StageConfig, stage_name
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, replicated, shardings_of
 from dsv4_jax.sizes import count_params
@@ -459,8 +460,9 @@ def _sample_prompt(run: _Run) -> np.ndarray:
 def _write_sample(run: _Run, state: TrainState, prompt: np.ndarray) -> None:
     """Print a text that the model continues from the prompt, and keep it in the workdir."""
     plan, tokenizer = run.config.train, run.corpus.tokenizer
+    params = round_weights(state.params, run.config.model, run.config.runtime.linears)
     new = generate(
-        run.config.model, state.params, prompt, max_new_tokens=plan.sample_tokens,
+        run.config.model, params, prompt, max_new_tokens=plan.sample_tokens,
         temperature=plan.sample_temperature, top_p=plan.sample_top_p, seed=plan.seed,
         stop=tokenizer.eos_id, runtime=transformer_of(run.config, run.config.stages[-1]).runtime,
     )

@@ -28,6 +28,7 @@ from dsv4_jax.optimizer import (
     make_optimizer,
 )
 from dsv4_jax.params import kinds_of, merge, split_trainable
+from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.router import updated_bias
 from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
 from dsv4_jax.schedule import by_layer
@@ -145,7 +146,8 @@ def make_train_step(
     prediction, plus balance_weight times the sum of the layers' sequence balance losses. The
     objective of the indexers is the sum over their layers of the mean divergence from the
     attention of what they score. No parameter has a gradient from both. With micro-batches the
-    gradient is exactly that of the whole batch.
+    gradient is exactly that of the whole batch. It is taken at the weights that `runtime.linears`
+    rounds, and moves the unrounded ones.
 
     A batch whose objective or gradient is not finite moves nothing, the place in the schedule
     included, and is counted; `train.skip_non_finite` says whether.
@@ -160,15 +162,14 @@ def make_train_step(
     optimizer = _optimizer_of(config, learners)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     indexers = config.model.layer_types.count(CSA)
-    placed = None
-    if mesh is not None:
-        placed = _split_learning(
-            split_trainable(state_shardings(config, mesh).params)[0], learners
-        )[0]
+    placed = None if mesh is None else split_trainable(state_shardings(config, mesh).params)[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_trainable(state.params)
-        learning, resting = _split_learning(trainable, learners)
+        rounded = round_weights(trainable, config.model, config.runtime.linears)
+        if mesh is not None:
+            rounded = jax.lax.with_sharding_constraint(rounded, placed)
+        learning, resting = _split_learning(rounded, learners)
         taken = state.step - state.skips.total
         learning_rate = schedule(taken)
         if stage.learning_rate is not None:
@@ -185,7 +186,8 @@ def make_train_step(
             gradients, sums = jax.grad(objective, has_aux=True)(learning, rows)
             if mesh is not None:
                 # Here each device already keeps its own part alone of the sum over devices.
-                gradients = jax.lax.with_sharding_constraint(gradients, placed)
+                own = _split_learning(placed, learners)[0]
+                gradients = jax.lax.with_sharding_constraint(gradients, own)
             return gradients, sums
 
         gradients, sums = _accumulate(gradient, learning, batch, stage.accumulation)
@@ -262,6 +264,7 @@ def make_evaluation(
     model = transformer_of(config, stage, mesh)
 
     def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
+        params = round_weights(params, config.model, config.runtime.linears)
         features = model.apply({"params": params}, **batch, mtp=False, method="features")
         targets = shifted_targets(batch["tokens"], batch.get("segment_ids"), 1)
         return token_nats(features.hidden, params["head"], *targets)
@@ -280,6 +283,7 @@ def make_routing(
     model = transformer_of(config, stage, mesh)
 
     def chosen(params: dict, batch: Batch) -> dict[str, Array]:
+        params = round_weights(params, config.model, config.runtime.linears)
         features = model.apply({"params": params}, **batch, method="features")
         biased = {path[:-2] for path in flatten_dict(params) if path[-1] == "selection_bias"}
         return {

@@ -205,7 +205,7 @@ def test_an_impossible_cache_is_refused(change, message):
 def test_a_format_that_cannot_hold_the_index_keys_is_refused():
     config = CASES["flash-like"][0]
     assert CSA in config.layer_types and config.index_head_dim == 12
-    with pytest.raises(InputError, match="cache 'served': expected index_head_dim"):
+    with pytest.raises(InputError, match="index keys in FP4: expected index_head_dim"):
         init_cache(config, Runtime(cache="served"), rows=1, max_length=8)
 
 

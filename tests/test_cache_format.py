@@ -26,7 +26,7 @@ from dsv4_jax.cache_format import (
     encode_index_key,
     entry_array,
     index_key_array,
-    round_index_query,
+    round_index,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -84,7 +84,7 @@ def test_served_index_keys_are_rotated_fp4():
     expected = reference(rotated, 32, 6.0, 6 * 2.0**-126, ml_dtypes.float4_e2m1fn)
     # The rotation's sums are rounded in another order: a value at a midpoint may fall either way.
     assert np.mean(out == expected) > 0.999
-    assert np.array_equal(round_index_query(jnp.asarray(x), "served"), out)
+    assert np.array_equal(round_index(jnp.asarray(x), "served"), out)
 
 
 def test_every_fp4_midpoint_goes_to_the_even_code():
@@ -100,7 +100,7 @@ def test_index_scores_survive_the_rotation():
     """Both sides are rotated alike: products change by rounding to 4 bits only."""
     q, k = values(32, 128, seed=1), values(256, 128, seed=2)
     keys = decode_index_key(encode_index_key(k, "served"), 128, "served", FLOAT32)
-    actual = round_index_query(jnp.asarray(q), "served") @ keys.T
+    actual = round_index(jnp.asarray(q), "served") @ keys.T
     norms = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(k, axis=1)
     assert np.abs(actual - q @ k.T).max() < 0.1 * norms.max()
     assert np.corrcoef(np.ravel(actual / norms), np.ravel(q @ k.T / norms))[0, 1] > 0.98
@@ -127,7 +127,7 @@ def test_entries_of_other_widths(width, rotated, stored):
 def test_index_keys_of_other_widths():
     config = dataclasses.replace(FLASH, index_head_dim=96)
     with pytest.raises(InputError, match="index_head_dim to be a power of two.*got 96"):
-        check_served(config)
+        check_served(config.index_head_dim)
     assert index_key_array(dataclasses.replace(FLASH, index_head_dim=64), "served")[0] == 34
 
 

@@ -19,13 +19,13 @@ from dsv4_jax.attention.cached import (
 from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.core import all_visible, attend_hybrid, attend_window
 from dsv4_jax.attention.csa import attend_csa
-from dsv4_jax.attention.indexer import Indexer
+from dsv4_jax.attention.indexer import Indexer, round_asked
 from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.cache import LayerCache, Span, StackedCache
-from dsv4_jax.cache_format import encode_entry, encode_index_key
-from dsv4_jax.config import CSA, WINDOW, ModelConfig, Runtime
-from dsv4_jax.layers import project, rms_norm
+from dsv4_jax.cache_format import encode_entry, encode_index_key, round_entry
+from dsv4_jax.config import CSA, FP4, FP8, WINDOW, ModelConfig, Runtime
+from dsv4_jax.layers import linear, project, rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Float, Hidden, Queries, Tokens
@@ -78,11 +78,11 @@ class Attention(nn.Module):
         )
         w_o_b = param(self, "w_o_b", "groups out_rank -> width", (groups, c.o_lora_rank, d))
 
-        q_rank = project("btd,dr->btr", x, w_q_a, self.runtime)
+        q_rank = linear("btd,dr->btr", x, w_q_a, self.runtime)
         q_rank = rms_norm(q_rank, q_norm, eps=c.rms_norm_eps)
-        q = rms_norm(project("btr,rhk->bthk", q_rank, w_q_b, self.runtime), eps=c.rms_norm_eps)
+        q = rms_norm(linear("btr,rhk->bthk", q_rank, w_q_b, self.runtime), eps=c.rms_norm_eps)
         q = constrain(rotate(q, places.at_query), "batch token heads head_width", self.runtime.mesh)
-        kv = rms_norm(project("btd,dk->btk", x, w_kv, self.runtime), kv_norm, eps=c.rms_norm_eps)
+        kv = rms_norm(linear("btd,dk->btk", x, w_kv, self.runtime), kv_norm, eps=c.rms_norm_eps)
         kv = rotate(kv, places.at_query)
         lesson = kept = None
         if cache is None:
@@ -93,10 +93,13 @@ class Attention(nn.Module):
         out = rotate(out, places.at_query, inverse=True)
         out = out.reshape(*out.shape[:2], groups, per_group, width)
         out = self._project_groups(out, w_o_a)
-        return project("btgo,god->btd", out, w_o_b, self.runtime).astype(dtype), lesson, kept
+        return linear("btgo,god->btd", out, w_o_b, self.runtime).astype(dtype), lesson, kept
 
     def _project_groups(self, x: Float[Array, "b t g h k"], w: Float[Array, "g h k o"]) -> Array:
-        """Project each group of heads by a matrix of its own."""
+        """Project each group of heads by a matrix of its own.
+
+        As in the reference tokens are not rounded here, though the matrix is stored in FP8.
+        """
         if not self.runtime.batch_invariant:
             return project("btghk,ghko->btgo", x, w, self.runtime)
         # XLA on CPU groups the sums of a batch of products by the number of rows.
@@ -109,13 +112,15 @@ class Attention(nn.Module):
         self, x, q_rank, q, kv, sink, places: Places
     ) -> tuple[Queries, Lesson | None]:
         """Run the core of this layer's kind."""
-        c = self.config
+        c, fp8, fp4 = self.config, self.runtime.keys == FP8, self.runtime.indexer == FP4
+        kv = round_entry(kv, c) if fp8 else kv
         if self.kind == WINDOW:
             out = attend_window(
                 q, kv, sink, window=c.sliding_window, segment_ids=places.segment_ids
             )
             return out, None
         entries, _ = self._compressor()(x, places.layout, places.at_entry)
+        entries = round_entry(entries, c) if fp8 else entries
         common = dict(
             window=c.sliding_window, ratio=c.ratio(self.kind), layout=places.layout,
             segment_ids=places.segment_ids,
@@ -126,14 +131,15 @@ class Attention(nn.Module):
                 *detached, places.layout, places.at_query, places.at_entry
             )
             return attend_csa(
-                q, kv, entries, index, sink, topk=c.index_topk,
-                sparse=self.runtime.csa == "sparse", learn=self.runtime.index_learns, **common,
+                q, kv, entries, round_asked(index) if fp4 else index, sink, topk=c.index_topk,
+                sparse=self.runtime.csa == "sparse", learn=self.runtime.index_learns, rounded=fp4,
+                **common,
             )
         return attend_hybrid(q, kv, entries, sink, choose=all_visible, **common)
 
     def _attend_cached(self, x, q_rank, q, kv, sink, places: Places, cache: StackedCache):
         """Run the core over what earlier calls have read and x; return its output and the cache."""
-        c, form = self.config, self.runtime.cache
+        c, form, index_form = self.config, self.runtime.entry_format, self.runtime.index_format
         (window, main, index), layer, span = cache.stack, cache.layer, places.span
         earlier, kv, window = read_and_write_window(window, layer, kv, span, c, form)
         if self.kind == WINDOW:
@@ -151,10 +157,11 @@ class Attention(nn.Module):
                 x, q_rank, layout, places.at_query, places.at_entry,
                 EarlierTokens(index.pending, layer, span),
             )
-            keys = encode_index_key(asked.keys, form)
+            keys = encode_index_key(asked.keys, index_form)
             index = store_entries(index, layer, keys, pending, span, ratio)
             if self.runtime.csa == "sparse" and not sees_all_entries(c):
-                out = attend_best(q, kv, sink, stored, index.entries, asked, **common)
+                stored_keys = StoredEntries(index.entries, layer, c, index_form)
+                out = attend_best(q, kv, sink, stored, stored_keys, asked, **common)
                 return out, LayerCache(window, main, index)
         out = attend_all(q, kv, sink, stored, **common)
         return out, LayerCache(window, main, index)

@@ -27,7 +27,7 @@ from dsv4_jax.cache_format import (
     decode_entry,
     decode_index_key,
     encode_entry,
-    round_index_query,
+    round_index,
     round_scores,
 )
 from dsv4_jax.chunks import map_chunks
@@ -36,7 +36,7 @@ from dsv4_jax.shapes import Array, Bool, Float, Int, Keys, Queries
 
 
 class StoredEntries(NamedTuple):
-    """The compressed entries of one layer as a cache holds them."""
+    """The compressed entries of one layer, or its index keys, as a cache holds them."""
 
     entries: Array  # [z, b, c, stored width]
     layer: Int[Array, ""]
@@ -97,17 +97,17 @@ def attend_all(
 
 
 def attend_best(
-    q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries, index_keys: Array,
-    asked: IndexQueries, *, window: int, layout: EntryLayout, earlier: Earlier,
+    q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries,
+    index_keys: StoredEntries, asked: IndexQueries, *, window: int, layout: EntryLayout,
+    earlier: Earlier,
 ) -> Queries:
     """Attend each query to its window and to its best visible entries by index score.
 
     Args:
-      index_keys: stored ones of all entries, [z, b, c, stored width].
+      index_keys: of all entries.
       asked: the queries of the indexer.
     """
-    index, exists = select_entries(index_keys, stored.layer, asked, layout.end,
-                                   stored.config, stored.form)
+    index, exists = select_entries(index_keys, asked, layout.end)
 
     def choose(chunk: QueryBlocks) -> Compressed:
         index, exists = chunk.extra
@@ -120,17 +120,17 @@ def attend_best(
 
 
 def select_entries(
-    index_keys: Array, layer: Int[Array, ""], asked: IndexQueries, end: Int[Array, "b t"],
-    config: ModelConfig, form: str,
+    stored: StoredEntries, asked: IndexQueries, end: Int[Array, "b t"]
 ) -> tuple[Int[Array, "b t l"], Bool[Array, "b t l"]]:
     """Return the numbers of each query's best entries and which of them exist.
 
     Stored keys are scored tile by tile beside the best so far, so that no array is as long as the
     row. Ties go to the lowest number, as in `indexer.top_entries`.
     """
+    index_keys, layer, config, form = stored
     width, k = config.index_head_dim, config.index_topk
     size = min(INDEX_TILE, index_keys.shape[2])
-    queries = round_index_query(asked.queries, form)
+    queries = round_index(asked.queries, form)
     b, t, heads, _ = queries.shape
 
     def best_of_tile(tile):

@@ -11,7 +11,9 @@ from dsv4_jax.attention.core import Compressed, all_visible, attend_hybrid
 from dsv4_jax.attention.indexer import IndexQueries, index_scores, top_entries, top_mask
 from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.attention.lesson import Lesson, lesson_of
+from dsv4_jax.cache_format import round_scores
 from dsv4_jax.chunks import keep
+from dsv4_jax.config import SERVED
 from dsv4_jax.shapes import Array, Bool, Entries, Float, Keys, Queries, Tokens
 
 # Up to this many entries per selected one, masking all of them costs less than gathering the
@@ -29,6 +31,7 @@ def attend_csa(
     topk: int,
     sparse: bool,
     learn: bool,
+    rounded: bool = False,
     window: int,
     ratio: int,
     layout: EntryLayout,
@@ -41,9 +44,11 @@ def attend_csa(
       sparse: attend to the `topk` best entries by index score, not to all.
       learn: return what the indexer is to learn from the entries that are attended to, each
         field [b, t].
+      rounded: the choice compares scores in bfloat16, as served models do.
     """
     choose = partial(
-        _choose, index_keys=index.keys, topk=topk if sparse else None, learn=learn
+        _choose, index_keys=index.keys, topk=topk if sparse else None, learn=learn,
+        rounded=rounded,
     )
     teach = None
     if learn:
@@ -58,7 +63,7 @@ def attend_csa(
 
 def _choose(
     extra: tuple, entries: Entries, visible: Bool[Array, "b z q c"], index_keys: Array,
-    topk: int | None, learn: bool,
+    topk: int | None, learn: bool, rounded: bool,
 ) -> Compressed:
     """Choose the best k entries, or all of them for None; add their scores if these are to learn.
     """
@@ -72,6 +77,7 @@ def _choose(
     if everything:
         return Compressed(entries, visible, scores)
     detached = jax.lax.stop_gradient(scores)
+    detached = round_scores(detached, SERVED) if rounded else detached
     if slots <= MASK_UP_TO * topk:
         packed = keep(jnp.packbits(top_mask(detached, visible, topk), axis=-1))
         chosen = jnp.unpackbits(packed, axis=-1, count=slots).astype(bool)

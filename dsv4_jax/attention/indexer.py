@@ -11,8 +11,9 @@ from flax import linen as nn
 from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.cache import Pending
-from dsv4_jax.config import ModelConfig, Runtime
-from dsv4_jax.layers import project
+from dsv4_jax.cache_format import round_index
+from dsv4_jax.config import SERVED, ModelConfig, Runtime
+from dsv4_jax.layers import linear, project
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int
@@ -95,6 +96,12 @@ def one_zero(x: Float[Array, "..."]) -> Array:
     return jnp.where(x == 0, 0.0, x)
 
 
+def round_asked(asked: IndexQueries) -> IndexQueries:
+    """Round queries and keys to FP4, as a served cache has them."""
+    queries, keys = (round_index(x, SERVED) for x in (asked.queries, asked.keys))
+    return asked._replace(queries=queries, keys=keys)
+
+
 class Indexer(nn.Module):
     """Queries from the shared low-rank projection, keys from a compressor of its own."""
 
@@ -114,7 +121,7 @@ class Indexer(nn.Module):
         compressor = Compressor(
             c, self.runtime, c.csa_ratio, width, overlapping=True, name="compressor"
         )
-        queries = project("btr,rij->btij", q_rank, w_q, self.runtime)
+        queries = linear("btr,rij->btij", q_rank, w_q, self.runtime)
         head_weights = project(
             "btd,di->bti", x, w_heads, self.runtime, preferred_element_type=jnp.float32
         )

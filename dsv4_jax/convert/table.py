@@ -25,6 +25,7 @@ from dsv4_jax.config import CSA, HASH, LEARNED, WINDOW, ModelConfig
 from dsv4_jax.model import param_shapes
 from dsv4_jax.params import Weight
 from dsv4_jax.schedule import factor_schedule
+from dsv4_jax.shapes import Array
 
 # How a tensor is stored in the released checkpoints; plain floating point is always accepted.
 EXPERT = "expert"  # FP4, or FP8 in base models
@@ -182,12 +183,12 @@ class Layout:
         """The shape of the tensor's rows."""
         return tuple(map(math.prod, self.split))
 
-    def to_leaf(self, rows: np.ndarray) -> np.ndarray:
+    def to_leaf(self, rows: Array) -> Array:
         """Split and permute the axes of the tensor's rows into those of the leaf's slice."""
         rows = rows.reshape([size for sizes in self.split for size in sizes])
         return rows.transpose([self.order.index(name) for name in self.names])
 
-    def to_tensor(self, values: np.ndarray) -> np.ndarray:
+    def to_tensor(self, values: Array) -> Array:
         """Undo `to_leaf`."""
         order = [self.names.index(name) for name in self.order]
         return values.transpose(order).reshape(self.shape)
