@@ -187,6 +187,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.heavy
 def test_a_step_uses_the_experts_that_it_is_given(tmp_path):
     """With those of its own parameters it is the usual step; weights are of today's scores."""
     sections = sections_of(tmp_path) | {"model": MODEL | LAYERS}
@@ -221,13 +222,13 @@ class Disturbed:
 
     def __call__(self, run, stage, state, batch):
         program, flops = self.original(run, stage, state, batch)
-        rough, _ = self.original(run, dataclasses.replace(stage, learning_rate=1.0), state, batch)
-        choose = jax.random.key(0)
+        high = dataclasses.replace(stage, learning_rate=1.0)
 
         def take(state, batch):
             if int(state.step) + 1 not in BURST:
                 return program(state, batch)
-            tokens = jax.random.randint(choose, batch["tokens"].shape, 0, 300)
+            rough, _ = self.original(run, high, state, batch)
+            tokens = jax.random.randint(jax.random.key(0), batch["tokens"].shape, 0, 300)
             return rough(state, batch | {"tokens": tokens})
 
         return take, flops
@@ -241,7 +242,6 @@ def disturbed(tmp_path_factory):
     sections = sections_of(
         source, steps=STEPS, checkpoint_every=EVERY, keep_checkpoints=100, eval_every=1000
     )
-    sections["model"] = MODEL | LAYERS
     sections["spikes"] = {"window": 32, "lag": 3, "steps": 12}
     config = RunConfig.from_config_dict(sections)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
@@ -272,11 +272,11 @@ def test_a_run_goes_back_from_a_spike(disturbed, record_property):
 
 @pytest.mark.heavy
 @pytest.mark.faults
-@pytest.mark.parametrize("step", [40, 42, 45, 50, 55])
+@pytest.mark.parametrize("step", [40, 42, 50, 55])
 def test_a_run_goes_on_bit_by_bit_before_in_and_after_a_spike(
     disturbed, step, tmp_path, monkeypatch, record_property
 ):
-    """42 is the checkpoint of the rollback; 45 and 50 have the experts of batches ahead."""
+    """42 is the checkpoint of the rollback; 50 has the experts of batches ahead."""
     config, straight, _ = disturbed
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
