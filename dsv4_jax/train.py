@@ -112,7 +112,8 @@ def train(
       wandb_project: of Weights & Biases, where the metrics go, too.
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
-        batches in a row had a loss or gradient that is not finite.
+        batches in a row had a loss or gradient that is not finite, or too many loss spikes
+        followed each other.
     """
     workdir, mesh, started = Path(workdir), _mesh_of(config), time.time()
     if wandb_project is not None:

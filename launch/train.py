@@ -1,6 +1,6 @@
 """Train a model.
 
-    python launch/train.py --config=configs/tiny.py --workdir=DIR [--config.train.steps=100 ...]
+    python launch/train.py --config=configs/tiny.py --workdir=DIR [--config.train.seed=1 ...]
 
 With --profile_steps=10:13 a trace of these steps is written to DIR/profile, for xprof.
 

@@ -250,15 +250,15 @@ def test_training_goes_on_from_an_import(tmp_path):
         "model": dataclasses.asdict(FLASH_LIKE) | {
             "layer_types": list(FLASH_LIKE.layer_types), "moe_types": list(FLASH_LIKE.moe_types)
         },
-        "stages": {"stage1": {"tokens": 32, "seq_len": 16, "batch_tokens": 32}},
+        "stages": {"stage1": {"tokens": 320, "seq_len": 16, "batch_tokens": 32}},
         "optimizer": {"learning_rate": 3e-3, "end_learning_rate": 3e-4, "warmup_steps": 1,
                       "decay_fraction": 0.1},
-        "train": {"steps": 10, "eval_every": 10, "checkpoint_every": 10},
+        "train": {"eval_every": 10, "checkpoint_every": 10},
     })  # fmt: skip
     params = load_oracle_params("flash-like", tmp_path)
     state = init_state(config)._replace(params=params)
     batch = {"tokens": jnp.asarray(tokens_for(FLASH_LIKE, 16))}
-    step = quick_jit(make_train_step(config))
+    step = quick_jit(make_train_step(config, config.stages[0]))
     losses = []
     for _ in range(4):
         state, metrics = step(state, batch)

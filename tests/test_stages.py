@@ -17,6 +17,8 @@ from dsv4_jax.run_config import RunConfig
 from dsv4_jax.served_model import open_model
 from dsv4_jax.train import train
 
+pytestmark = pytest.mark.heavy
+
 STAGES = {
     "stage1": {"tokens": 384, "seq_len": 32, "batch_tokens": 128, "attention": "dense"},
     "stage2": {

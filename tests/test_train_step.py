@@ -115,7 +115,7 @@ def test_a_step_descends_the_stated_objective(state, step, gradient, taken, mtp_
     assert compared > 50
 
 
-@pytest.mark.parametrize("attention", [INDEXER, SPARSE])
+@pytest.mark.parametrize("attention", [pytest.param(INDEXER, marks=pytest.mark.heavy), SPARSE])
 def test_indexers_learn_from_the_attention_alone_and_the_model_from_language(state, attention):
     """In one backward pass: each has the gradient that it has from its own loss alone."""
     stage = dataclasses.replace(CONFIG.stages[0], attention=attention)
