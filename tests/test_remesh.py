@@ -42,7 +42,7 @@ def state_on(mesh):
 
 @functools.cache
 def evaluation(sizes):
-    return quick_jit(make_evaluation(CONFIG, mesh_of(sizes)))
+    return quick_jit(make_evaluation(CONFIG, CONFIG.stages[0], mesh_of(sizes)))
 
 
 def loss(sizes, params) -> float:
