@@ -9,7 +9,6 @@ entries (no choice keeps more), the k latest and k at random.
 """
 
 import contextlib
-import dataclasses
 import os
 import sys
 import tempfile
@@ -26,8 +25,8 @@ from dsv4_jax.attention.indexer import top_mask
 from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.cli import read_config_file
 from dsv4_jax.data import held_out_batches, prepare_corpus
-from dsv4_jax.model import Transformer
 from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train_step import transformer_of
 
 TOKENS = flags.DEFINE_integer("tokens", 1_600_000, "Of the dense stage, in rows of 256.")
 LONG_TOKENS = flags.DEFINE_integer("long_tokens", 200_000, "Of dense attention at 1,024.")
@@ -51,8 +50,7 @@ def run_config() -> RunConfig:
 
 def shares(config: RunConfig, params: dict, batches) -> dict[str, float]:
     """Return the share of the attention that each way to choose keeps."""
-    runtime = training.transformer_of(config, config.stages[-1]).runtime
-    model = Transformer(config.model, dataclasses.replace(runtime, index_learns=True))
+    model = transformer_of(config, config.stages[-1], index_learns=True)
     found = {}
     original = csa.lesson_of
     for name in CHOICES:

@@ -148,7 +148,8 @@ class StageText:
         self._documents, self._order, self._seq_len, self._seed = documents, order, seq_len, seed
         self._first, self._stop = first, stop
         self._lasting = functools.lru_cache(maxsize=2)(self._part)
-        self._epoch, self._before = first // len(order), len(self._pieces_of(first // len(order)))
+        self._epoch = first // len(order)
+        self._before = len(self._lasting(self._epoch)[0])
         self._in_epoch = len(Pieces(documents, seq_len))
 
     def __len__(self) -> int:

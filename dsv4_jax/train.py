@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -26,7 +27,7 @@ from dsv4_jax.data import (
     prepare_corpus,
 )
 from dsv4_jax.errors import InputError
-from dsv4_jax.feed import Ahead, Feed
+from dsv4_jax.feed import Ahead, Experts, Feed
 from dsv4_jax.files import check_writable, closing, write_atomically
 from dsv4_jax.flops import count_flops, flops_of
 from dsv4_jax.infer import generate
@@ -71,6 +72,11 @@ class _Run:
     profile_steps: tuple[int, int] | None
     wandb_project: str | None
 
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        """What general compressors need for the held-out text, in bits per byte."""
+        return baseline_bits_per_byte(self.corpus.held_out_text)
+
     def place(self, batch: Batch) -> dict[str, jax.Array]:
         """Put this host's part of a batch on its devices."""
         if self.mesh is None:
@@ -92,7 +98,6 @@ class _Tools:
     pace: Pace
     skips: _SkipWatch
     guard: SpikeGuard
-    routed: dict[int, int]  # by step: batches ahead whose experts its checkpoint has
     stop: StopRequest
 
 
@@ -148,19 +153,19 @@ def _train(run: _Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState
     with closing(RunLog(run.workdir, first, _wandb_log(run))) as log:
         if first >= config.steps:
             say(f"the run is complete: {first} of {config.steps} steps")
-        if first > 0:
-            # A complete run tells its score again; a signal may have kept another from it.
-            evaluation = _Evaluation(run, _stage_of(config, first), log, stop)
-            missed = _is_due(config, first, config.train.eval_every) and not evaluation.has(first)
-            if first >= config.steps or missed:
-                evaluation.report(first, state.params)
+        # A complete run tells its score again; a signal may have kept another from it.
+        due = first > 0 and _is_due(config, first, config.train.eval_every)
+        if first >= config.steps or due and not _has_score(log, first):
+            _Evaluation(run, _stage_of(config, first), log, stop).report(first, state.params)
         skips = _SkipWatch(config.train.most_skips, int(state.skips.total))
         tools = _Tools(
             batches, checkpoints, log, Pace(log, started=run.started), skips,
-            SpikeGuard(config.spikes, place.get(GUARD)), {first: place.get(ROUTED, 0)}, stop,
+            SpikeGuard(config.spikes, place.get(GUARD)), stop,
         )
+        routed = _restore_routed(run, checkpoints, state, first, place.get(ROUTED, 0))
         while first < config.steps and not stop:
-            first, state = _run_stage(run, tools, state, first)
+            first, state = _run_stage(run, tools, state, first, routed)
+            routed = []  # no batch is routed in the stage before its own
     if not stop:
         _write_sample(run, state, prompt)
     return state
@@ -196,11 +201,14 @@ def _is_due(config: RunConfig, step: int, every: int) -> bool:
 
 
 def _run_stage(
-    run: _Run, tools: _Tools, state: TrainState, first: int
+    run: _Run, tools: _Tools, state: TrainState, first: int, routed: list[Experts]
 ) -> tuple[int, TrainState]:
     """Take the steps after `first` to the end of their stage; log, evaluate and save when due.
 
     Returns the last step and the state after it. It is an earlier one if a signal came.
+
+    Args:
+      routed: experts of the first batches, chosen before the run was cut off.
     """
     config, plan, pace, guard = run.config, run.config.train, tools.pace, tools.guard
     index = config.stage_at(first + 1)
@@ -208,7 +216,11 @@ def _run_stage(
     _announce_stage(config, first + 1)
     evaluation = _Evaluation(run, stage, tools.log, tools.stop)
     guard.begin_stage(index)
-    feed = _open_feed(run, tools, stage, state, first, last)
+    feed = Feed(
+        tools.batches, first + 1, last, place=run.place, route=_routing_of(run, stage),
+        lag=config.spikes.lag, routed=routed,
+    )
+    feed.read(state.params, first, guard.until)
     programs = _Programs(run, stage, pace)
     with closing(Profiler(run.workdir / "profile", run.profile_steps)) as profiler:
         for step in range(first + 1, last + 1):
@@ -256,31 +268,28 @@ def _run_stage(
     return step, state
 
 
-def _open_feed(
-    run: _Run, tools: _Tools, stage: StageConfig, state: TrainState, first: int, last: int
-) -> Feed:
-    """Read the batch of the next step, and those ahead whose experts a checkpoint has."""
-    route = jax.jit(
+def _routing_of(run: _Run, stage: StageConfig) -> Callable:
+    return jax.jit(
         make_routing(run.config, stage, run.mesh), compiler_options=compiler_options()
     )
-    count, routed = tools.routed.pop(first, 0), []
-    if count:
-        sharding = batch_sharding(run.mesh, stage.rows) if run.mesh else None
-        tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32, sharding=sharding)
-        batch = dict.fromkeys(("tokens", "segment_ids", "positions"), tokens)
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=sharding or SingleDeviceSharding(jax.devices()[0])
-            ),
-            jax.eval_shape(route, state.params, batch),
-        )
-        routed = tools.checkpoints.restore_routed([like] * count)
-    feed = Feed(
-        tools.batches, first + 1, last, place=run.place, route=route, lag=run.config.spikes.lag,
-        routed=routed,
+
+
+def _restore_routed(
+    run: _Run, checkpoints: Checkpoints, state: TrainState, first: int, count: int
+) -> list[Experts]:
+    """Return the experts of batches ahead that the checkpoint of the state has."""
+    if not count:
+        return []
+    stage, sharding = _stage_of(run.config, first + 1), SingleDeviceSharding(jax.devices()[0])
+    if run.mesh is not None:
+        sharding = batch_sharding(run.mesh, stage.rows)
+    tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), tokens)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(_routing_of(run, stage), state.params, batch),
     )
-    feed.read(state.params, first, tools.guard.until)
-    return feed
+    return checkpoints.restore_routed([like] * count)
 
 
 def _state_of_before(run: _Run, tools: _Tools, spike: Spike, step: int) -> TrainState:
@@ -412,7 +421,7 @@ class _Evaluation:
     """
 
     def __init__(self, run: _Run, stage: StageConfig, log: RunLog, stop: StopRequest):
-        self._log, self._stop, self._place = log, stop, run.place
+        self._run, self._log, self._stop = run, log, stop
         # Rows of one micro-batch: what fits for training fits here.
         self._batches = held_out_batches(
             run.corpus, run.config.data,
@@ -422,13 +431,6 @@ class _Evaluation:
         self._nats = jax.jit(
             make_evaluation(run.config, stage, run.mesh), compiler_options=compiler_options()
         )
-        self._bytes = len(run.corpus.held_out_text)
-        self._baselines = baseline_bits_per_byte(run.corpus.held_out_text)
-
-    def has(self, step: int) -> bool:
-        """Say whether the log has the score of a step that the run goes on from."""
-        last = self._log.last(HELD_OUT)
-        return last is not None and last["step"] == step
 
     def report(self, step: int, params: dict) -> None:
         """Print and log the bits per byte of the held-out text, unless the run is to end."""
@@ -436,12 +438,18 @@ class _Evaluation:
         for batch in self._batches:
             if self._stop:
                 return
-            nats += float(self._nats(params, self._place(batch)))
-        bits = nats / math.log(2) / self._bytes
-        baselines = ", ".join(f"{name} -9 {b:.3f}" for name, b in self._baselines.items())
+            nats += float(self._nats(params, self._run.place(batch)))
+        bits = nats / math.log(2) / len(self._run.corpus.held_out_text)
+        baselines = ", ".join(f"{name} -9 {b:.3f}" for name, b in self._run.baselines.items())
         say(f"held-out text: {bits:.3f} bits per byte ({baselines})")
-        if not self.has(step):
+        if not _has_score(self._log, step):
             self._log.metrics(step, {HELD_OUT: bits})
+
+
+def _has_score(log: RunLog, step: int) -> bool:
+    """Say whether the log has the held-out score of a step that the run goes on from."""
+    last = log.last(HELD_OUT)
+    return last is not None and last["step"] == step
 
 
 def _sample_prompt(run: _Run) -> np.ndarray:

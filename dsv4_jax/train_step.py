@@ -74,10 +74,12 @@ class Sums(NamedTuple):
 
 
 def transformer_of(
-    config: RunConfig, stage: StageConfig, mesh: Mesh | None = None
+    config: RunConfig, stage: StageConfig, mesh: Mesh | None = None, *, index_learns: bool = False
 ) -> Transformer:
     """Return the model of a run, on its mesh, with the attention of a stage."""
-    runtime = dataclasses.replace(config.runtime, mesh=mesh, csa=stage.csa)
+    runtime = dataclasses.replace(
+        config.runtime, mesh=mesh, csa=stage.csa, index_learns=index_learns
+    )
     return Transformer(config.model, runtime)
 
 
@@ -155,10 +157,7 @@ def make_train_step(
     The load of an expert is told as a multiple of its layer's mean: 1 is even.
     """
     train, learners = config.train, learners_of(stage)
-    model = transformer_of(config, stage, mesh)
-    model = model.clone(
-        runtime=dataclasses.replace(model.runtime, index_learns=INDEXERS in learners)
-    )
+    model = transformer_of(config, stage, mesh, index_learns=INDEXERS in learners)
     optimizer = _optimizer_of(config, learners)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     indexers = config.model.layer_types.count(CSA)
@@ -180,7 +179,7 @@ def make_train_step(
         def objective(learning, rows):
             params = merge(merge(learning, resting), fixed)
             sums = _forward(model, params, rows, 1 / stage.accumulation, mtp=MODEL in learners)
-            return jnp.dot(weights, jnp.stack(sums[: len(weights)])), sums
+            return _total(weights, sums), sums
 
         def gradient(learning, rows):
             gradients, sums = jax.grad(objective, has_aux=True)(learning, rows)
@@ -202,8 +201,7 @@ def make_train_step(
                  for learner in learners}
         skips = state.skips
         if train.skip_non_finite:
-            total = jnp.dot(weights, jnp.stack(sums[: len(weights)]))
-            finite = jnp.isfinite(sum(norms.values(), total))
+            finite = jnp.isfinite(sum(norms.values(), _total(weights, sums)))
             params = _select(finite, params, state.params)
             opt_state = _select(finite, opt_state, state.opt_state)
             skips = Skips(skips.total + ~finite, jnp.where(finite, 0, skips.in_row + 1))
@@ -242,6 +240,10 @@ def _loss_weights(
         mtp_weight = jnp.where(decays, train.mtp_weight_in_decay, train.mtp_weight)
     model = jnp.array([1, mtp_weight, train.balance_weight]) * (MODEL in learners)
     return jnp.append(model, float(INDEXERS in learners))
+
+
+def _total(weights: Float[Array, " losses"], sums: Sums) -> Float[Array, ""]:
+    return jnp.dot(weights, jnp.stack(sums[: len(weights)]))
 
 
 def _split_learning(trainable: dict, learners: Collection[str]) -> tuple[dict, dict]:
@@ -327,7 +329,7 @@ def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: 
         path: _rows_first(experts).astype(jnp.int32)
         for path, experts in batch.get("experts", {}).items()
     }
-    inputs = {name: batch[name] for name in batch.keys() - {"experts"}}
+    inputs = {name: x for name, x in batch.items() if name != "experts"}
     features = model.apply({"params": params}, **inputs, mtp=mtp, experts=chosen, method="features")
     tokens, segments = batch["tokens"], batch.get("segment_ids")
     head, mtp_nats = params["head"], jnp.zeros(())

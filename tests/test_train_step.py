@@ -120,17 +120,14 @@ def test_indexers_learn_from_the_attention_alone_and_the_model_from_language(sta
     """In one backward pass: each has the gradient that it has from its own loss alone."""
     stage = dataclasses.replace(CONFIG.stages[0], attention=attention)
     after, metrics = quick_jit(make_train_step(CONFIG, stage))(state, BATCH)
-    model = transformer_of(CONFIG, stage)
+    model = transformer_of(CONFIG, stage, index_learns=True)
     scored = sum(
         max(count - CONFIG.model.csa_ratio + 1, 0) for row in BATCH["segment_ids"]
         for segment, count in zip(*np.unique(row, return_counts=True), strict=True) if segment
     )
 
     def divergence(trainable, frozen):
-        learning = model.clone(runtime=dataclasses.replace(model.runtime, index_learns=True))
-        features = learning.apply(
-            {"params": merge(trainable, frozen)}, **BATCH, method="features"
-        )
+        features = model.apply({"params": merge(trainable, frozen)}, **BATCH, method="features")
         lessons = [stats.lesson for stats in features.layers.values() if stats.lesson is not None]
         return sum(jnp.sum(lesson.divergence) for lesson in lessons) / scored
 

@@ -86,14 +86,5 @@ def _choose(
     gather = jax.vmap(lambda rows, i: rows[i])
     if learn:
         # Of the gathered keys again: so the gradient is computed for the chosen entries alone.
-        scores = _own_scores(queries, head_weights, gather(index_keys, chosen))
+        scores = index_scores(queries, head_weights, gather(index_keys, chosen))
     return Compressed(gather(entries, chosen), exists, scores if learn else None)
-
-
-def _own_scores(
-    queries: Float[Array, "b z q i j"], head_weights: Float[Array, "b z q i"],
-    keys: Float[Array, "b z q l j"],
-) -> Float[Array, "b z q l"]:
-    """Score each query's own entries, as `index_scores` does those that all queries share."""
-    hits = jnp.einsum("bzqij,bzqlj->bzqil", queries, keys, preferred_element_type=jnp.float32)
-    return jnp.sum(jax.nn.relu(hits) * head_weights[..., None], axis=-2)

@@ -30,13 +30,17 @@ class IndexQueries(NamedTuple):
 def index_scores(
     queries: Float[Array, "b z q i j"],
     head_weights: Float[Array, "b z q i"],
-    keys: Float[Array, "b c j"],
+    keys: Float[Array, "b c j"] | Float[Array, "b z q c j"],
 ) -> Float[Array, "b z q c"]:
     """Score entries: I_{q,c} = sum_i w_{q,i} relu(q_{q,i} . k_c), float32.
 
+    Args:
+      keys: of entries that all queries share, or each query's own.
+
     Source: report 2.3.1; fact sheet 2.6.
     """
-    hits = jnp.einsum("bzqij,bcj->bzqic", queries, keys, preferred_element_type=jnp.float32)
+    axes = "bcj" if keys.ndim == 3 else "bzqcj"
+    hits = jnp.einsum(f"bzqij,{axes}->bzqic", queries, keys, preferred_element_type=jnp.float32)
     return jnp.sum(jax.nn.relu(hits) * head_weights[..., None], axis=-2)  # XLA fuses it
 
 
