@@ -86,8 +86,8 @@ def main(argv):
     config, rows = run_config(), {}
     record = training._run_stage
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        def observed(run, tools, state, first):
-            last, state = record(run, tools, state, first)
+        def observed(*args):
+            last, state = record(*args)
             if last in config.stage_ends[1:]:
                 rows[last] = jax.tree.map(np.asarray, state.params)
             return last, state
