@@ -6,10 +6,9 @@ import json
 import re
 from typing import TypedDict
 
-from dsv4_jax.encoding_texts import DSML, END_THINK, THINK
+from dsv4_jax.encoding_texts import BOS, DSML, END_THINK, EOS, THINK
 from dsv4_jax.errors import InputError, shown
 from dsv4_jax.messages import is_thinking
-from dsv4_jax.tokenizer import BOS, EOS
 
 _CALLS, _CALLS_END = f"\n\n<{DSML}tool_calls", f"</{DSML}tool_calls>"
 _CALL, _CALL_END = f"<{DSML}invoke", f"</{DSML}invoke"

@@ -14,9 +14,11 @@ from dsv4_jax.encoding_texts import (
     AFTER_TOOLS,
     ASSISTANT,
     BEFORE_TOOLS,
+    BOS,
     CONTROL_TOKENS,
     DSML,
     END_THINK,
+    EOS,
     LATEST_REMINDER,
     MAX_EFFORT,
     RESPONSE_FORMAT,
@@ -26,7 +28,6 @@ from dsv4_jax.encoding_texts import (
 )
 from dsv4_jax.errors import InputError, shown
 from dsv4_jax.messages import Message, ToolCall, ToolResult, is_thinking, read_messages
-from dsv4_jax.tokenizer import BOS, EOS
 
 __all__ = ["Segment", "encode_messages", "parse_completion", "render_messages"]
 

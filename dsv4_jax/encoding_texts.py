@@ -6,8 +6,7 @@ They are constants of `encoding/encoding_dsv4.py` in the model repository
 
 from __future__ import annotations
 
-from dsv4_jax.tokenizer import BOS, EOS
-
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 LATEST_REMINDER = "<｜latest_reminder｜>"
 THINK, END_THINK = "<think>", "</think>"
@@ -16,9 +15,8 @@ TASKS = {
     task: f"<｜{task}｜>"
     for task in ("action", "query", "authority", "domain", "title", "read_url")
 }
-CONTROL_TOKENS = (
-    BOS, EOS, USER, ASSISTANT, LATEST_REMINDER, THINK, END_THINK, DSML, *TASKS.values()
-)  # fmt: skip
+CHAT_TOKENS = (USER, ASSISTANT, LATEST_REMINDER, THINK, END_THINK, DSML, *TASKS.values())
+CONTROL_TOKENS = (BOS, EOS, *CHAT_TOKENS)
 
 MAX_EFFORT = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"

