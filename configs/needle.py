@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
         },
         "data": {
             "source": "needle",
+            "format": "text",
             "text_field": "text",
+            "thinking": "off",
             "tokenizer": placeholder(str),  # None: trained on the source
             "seed": 0,
             "held_out_fraction": 0.03,

@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
         },
         "data": {
             "source": "data",  # a directory of text; the report's data is not public
+            "format": "text",
             "text_field": "text",
+            "thinking": "off",
             "tokenizer": "data/tokenizer.json",  # the released one, of 129,280 entries
             "seed": 0,
             "held_out_fraction": 0.001,  # unpublished

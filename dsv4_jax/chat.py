@@ -12,16 +12,13 @@ from dsv4_jax.completion import parse_completion
 from dsv4_jax.config import CACHE_FORMATS, Runtime, check_choice
 from dsv4_jax.decode import CHUNK
 from dsv4_jax.encoding import render_messages
-from dsv4_jax.encoding_texts import EOS
+from dsv4_jax.encoding_texts import EOS, THINKING
 from dsv4_jax.errors import InputError
 from dsv4_jax.infer import Stats, cache_length, check_numbers, check_prompts, generate
 from dsv4_jax.sampling import check_sampling
 from dsv4_jax.served_model import ServedModel, check_model
 from dsv4_jax.terminal import say, show
 from dsv4_jax.tokenizer import TextStream, Tokenizer
-
-# How V4 thinks before it answers: the mode of its prompt, and the effort.
-THINKING = {"off": ("chat", None), "high": ("thinking", "high"), "max": ("thinking", "max")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,7 +67,7 @@ def read_corpus(source: str, *, text_field: str, held_out_fraction: float) -> Co
     if _is_single_text(source):
         train, held_out = _split_text(documents[0], held_out_fraction)
     else:
-        train, held_out = _split_documents(documents, held_out_fraction)
+        train, held_out = split_documents(documents, held_out_fraction)
     if not (train and held_out):
         empty = "held out" if train else "trained on"
         raise InputError(
@@ -87,19 +88,26 @@ def read_documents(
     Raises:
       InputError: as for `read_corpus`.
     """
-    try:
+    with explain_failed_read(source, setting):
         documents = [d for d in _read_source(source, text_field, setting) if d.text]
-    except OSError as error:
-        raise InputError(
-            f"{setting}: cannot read {error.filename or source}: {error.strerror}; check the path "
-            "and its permissions"
-        ) from error
     if not documents:
         raise InputError(
             f"{setting}: expected text, but there is none in {source}; name a file with text, "
             f'a directory of such files, "{STDLIB}" or "{NEEDLE}"'
         )
     return documents
+
+
+@contextlib.contextmanager
+def explain_failed_read(source: str, setting: str = "data.source") -> Iterator[None]:
+    """Turn an error of the system into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{setting}: cannot read {error.filename or source}: {error.strerror}; check the path "
+            "and its permissions"
+        ) from error
 
 
 def held_out_texts(corpus: Corpus, limit: int) -> list[str]:
@@ -128,7 +136,7 @@ def _is_single_text(source: str) -> bool:
 
 def _read_source(source: str, text_field: str, setting: str) -> Iterator[Document]:
     if source == STDLIB:
-        return _read_stdlib()
+        return read_stdlib()
     if source == NEEDLE:
         return _write_needles()
     if source and Path(source).is_dir():
@@ -141,9 +149,10 @@ def _read_source(source: str, text_field: str, setting: str) -> Iterator[Documen
     )
 
 
-def _read_stdlib() -> Iterator[Document]:
+def read_stdlib() -> Iterator[Document]:
+    """Read the interpreter's own library, one document per file."""
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _files_below(root, lambda name: name in _NOT_LIBRARY):
+    for path in files_below(root, lambda name: name in _NOT_LIBRARY):
         if path.suffix == ".py":
             name, data = path.relative_to(root).as_posix(), path.read_bytes()
             if _is_utf8(data):
@@ -157,27 +166,36 @@ def _write_needles() -> Iterator[Document]:
 
 
 def _read_directory(root: Path, text_field: str) -> Iterator[Document]:
-    for path in _files_below(root, lambda name: name.startswith(".")):
+    for path in files_below(root, lambda name: name.startswith(".")):
         yield from _read_file(path, path.relative_to(root).as_posix(), text_field)
 
 
 def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
     if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                text = _text_of_line(line, f"{path}:{number}", text_field)
-                yield Document(f"{name}:{number}", text, text)
+        for number, record in read_records(path):
+            text = _text_of_record(record, f"{path}:{number}", text_field)
+            yield Document(f"{name}:{number}", text, text)
     else:
         yield Document(name, name, _decode(path.read_bytes(), str(path)))
 
 
-def _text_of_line(line: bytes, place: str, text_field: str) -> str:
-    """Take the text out of one line of a `.jsonl` file."""
+def read_records(path: Path) -> Iterator[tuple[int, object]]:
+    """Read a `.jsonl` file: the number, from 1, and the value of each line that is not blank."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            yield number, _read_record(line, f"{path}:{number}")
+
+
+def _read_record(line: bytes, place: str) -> object:
     text = _decode(line, place)
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: expected a JSON object, got {error}; mend the line") from error
+
+
+def _text_of_record(record: object, place: str, text_field: str) -> str:
+    """Take the text out of one line of a `.jsonl` file."""
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         is_object = isinstance(record, dict)
         # Of repr's form, as keys may have line ends.
@@ -195,8 +213,8 @@ def _text_of_line(line: bytes, place: str, text_field: str) -> str:
     return text
 
 
-def _split_documents(documents: list[Document], fraction: float) -> tuple[list, list]:
-    """Hold out the documents of the smallest hashes; equal keys stay together."""
+def split_documents(documents: list, fraction: float) -> tuple[list, list]:
+    """Hold out the documents of the smallest hashes of their `key`; equal keys stay together."""
     hashes = [_hash(document.key) for document in documents]
     ranked = sorted(zip(hashes, range(len(documents)), strict=True))
     border, _ = ranked[max(1, round(fraction * len(documents))) - 1]
@@ -218,7 +236,7 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _files_below(root: Path, leave_out) -> list[Path]:
+def files_below(root: Path, leave_out: Callable[[str], bool]) -> list[Path]:
     """List the regular files below a folder in the order of their relative paths."""
     found = []
     for folder, folders, files in os.walk(root, onerror=_raise):

@@ -18,6 +18,9 @@ TASKS = {
 CHAT_TOKENS = (USER, ASSISTANT, LATEST_REMINDER, THINK, END_THINK, DSML, *TASKS.values())
 CONTROL_TOKENS = (BOS, EOS, *CHAT_TOKENS)
 
+# How V4 thinks before it answers: the mode of its prompt, and the effort.
+THINKING = {"off": ("chat", None), "high": ("thinking", "high"), "max": ("thinking", "max")}
+
 MAX_EFFORT = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to "

@@ -24,6 +24,7 @@ from dsv4_jax.needle_eval import (
     shortest_prompt,
 )
 from dsv4_jax.needle_plot import FLAG, write_plot
+from dsv4_jax.run_config import CHAT
 from dsv4_jax.scoring import check_windows, score_rows, windows
 from dsv4_jax.served_model import ModelFolder, ServedModel, check_model
 from dsv4_jax.terminal import say, timed
@@ -192,6 +193,11 @@ def read_texts(folder: ModelFolder, settings: Settings) -> list[str]:
             "training's workdir has held-out text, other checkpoints have none)"
         )
     data = folder.run.data
+    if data.format == CHAT:
+        raise InputError(
+            "text: expected a file or a directory of text, got nothing, and the training has held "
+            "out chats, which it scores itself; add --text=PATH"
+        )
     corpus = read_corpus(
         data.source, text_field=data.text_field, held_out_fraction=data.held_out_fraction
     )

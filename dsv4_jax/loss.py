@@ -11,11 +11,16 @@ from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Logits, Tokens
 
 
 def shifted_targets(
-    tokens: Tokens, segment_ids: Tokens | None, shift: int
+    tokens: Tokens, segment_ids: Tokens | None, shift: int, loss_mask: Tokens | None = None
 ) -> tuple[Int[Array, "b t"], Float[Array, "b t"]]:
-    """Return the token `shift` places on and a weight: 1 where it is of the same document."""
-    targets, exists = tokens_ahead(tokens, segment_ids, shift)
-    return targets, exists.astype(jnp.float32)
+    """Return the token `shift` places on and a weight: 1 where it is to be predicted, else 0.
+
+    It is where it is of the same document and its `loss_mask` is not 0.
+    """
+    targets, counts = tokens_ahead(tokens, segment_ids, shift)
+    if loss_mask is not None:
+        counts &= tokens_ahead(loss_mask, segment_ids, shift)[0] > 0
+    return targets, counts.astype(jnp.float32)
 
 
 @jax.custom_vjp

@@ -20,9 +20,11 @@ from dsv4_jax.config import (
     check_field_types,
     is_seed,
 )
+from dsv4_jax.encoding_texts import THINKING
 from dsv4_jax.errors import InputError
 
 LARGEST = 2**31 - 1  # of sizes and counts, which are int32 in compiled programs
+TEXT, CHAT = DATA_FORMATS = ("text", "chat")
 DENSE, INDEXER, SPARSE = ATTENTION_MODES = ("dense", "indexer", "sparse")
 
 
@@ -35,7 +37,9 @@ class DataConfig:
     """
 
     source: str = "stdlib"  # or "needle", a text file, directory or .jsonl; see `read_corpus`
+    format: str = "text"  # or "chat": lines of messages, see `chats.read_examples`
     text_field: str = "text"  # key of the text in each line of a .jsonl file
+    thinking: str = "off"  # of chats that do not say: "off", "high" or "max" before an answer
     tokenizer: str | None = None  # path of a tokenizer.json; None trains one of vocab_size entries
     seed: int = 0  # seed of the shuffle
     held_out_fraction: float = 0.03  # share of the source that is never trained on
@@ -43,6 +47,8 @@ class DataConfig:
 
     def __post_init__(self):
         check_field_types(self)
+        check_choice("DataConfig.format", self.format, DATA_FORMATS)
+        check_choice("DataConfig.thinking", self.thinking, tuple(THINKING))
         _check_rules(
             self,
             ("source", self.source != "", 'a path, "stdlib" or "needle"'),
@@ -177,7 +183,7 @@ class TrainConfig:
     checkpoint_patience: float = 1800.0  # seconds that writing one may take
     log_every: int = 1  # steps between log lines
     seed: int = 0  # seed of the initial weights
-    sample_prompt: str = "def "  # text that the final sample continues
+    sample_prompt: str = "def "  # text that the final sample continues; of chats, a question
     sample_tokens: int = 128  # length of the final sample, tokens
     sample_temperature: float = 0.8  # of the final sample; 0 takes the likeliest token
     sample_top_p: float = 0.95  # probability mass that the final sample draws from
@@ -266,9 +272,14 @@ class RunConfig:
     mesh: MeshConfig
 
     @classmethod
-    def from_config_dict(cls, config_dict: ConfigDict | Mapping) -> RunConfig:
+    def from_config_dict(
+        cls, config_dict: ConfigDict | Mapping, model: ModelConfig | None = None
+    ) -> RunConfig:
         """Read a mapping of sections, such as `get_config()` in configs/ returns.
 
+        Args:
+          model: that the run starts from. What the section `model` does not set, or sets to None,
+            is taken from it.
         Raises:
           InputError: one line with the dotted key that is unknown, missing, ill-typed or out of
             range, what was expected there and what came.
@@ -276,9 +287,11 @@ class RunConfig:
         if not isinstance(config_dict, (ConfigDict, Mapping)):
             raise InputError(f"config: expected a mapping of sections, got {config_dict!r}")
         check_known("", config_dict, (*_SECTIONS, STAGES))
+        given = {name: config_dict[name] if name in config_dict else {} for name in _SECTIONS}
+        if model is not None:
+            given["model"] = _with_defaults(given["model"], model)
         sections = {
-            name: _read_section(name, kind, config_dict[name] if name in config_dict else {})
-            for name, kind in _SECTIONS.items()
+            name: _read_section(name, kind, given[name]) for name, kind in _SECTIONS.items()
         }
         return cls(stages=_read_stages(config_dict.get(STAGES, {})), **sections)
 
@@ -357,6 +370,13 @@ def _read_stages(sections: ConfigDict | Mapping) -> tuple[StageConfig, ...]:
     return tuple(_read_section(f"{STAGES}.{name}", StageConfig, sections[name]) for name in names)
 
 
+def _with_defaults(section: ConfigDict | Mapping, model: ModelConfig) -> ConfigDict | Mapping:
+    if not isinstance(section, (ConfigDict, Mapping)):
+        return section
+    chosen = {key: value for key, value in section.items() if value is not None}
+    return _section_to_dict(model) | chosen
+
+
 def _section_to_dict(section) -> dict:
     return {key: _jsonable(getattr(section, key)) for key in _fields(type(section))}
 
@@ -369,9 +389,10 @@ def _read_section(section: str, kind: type, values: ConfigDict | Mapping):
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING
         if required and name not in values:
+            elsewhere = ", or name a model by --init_from=DIR" if kind is ModelConfig else ""
             raise InputError(
                 f"{section}.{name}: expected {field.type}, got nothing; it has no default, set it "
-                f"in the config or by --config.{section}.{name}=VALUE"
+                f"in the config or by --config.{section}.{name}=VALUE{elsewhere}"
             )
     try:
         return kind(**{key: _hashable(values[key]) for key in values})

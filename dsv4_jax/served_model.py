@@ -135,8 +135,8 @@ def _tokenizer_path(
     if given is None:
         if not os.path.lexists(folder / TOKENIZER_FILE):
             raise InputError(
-                f"{folder}: expected a {TOKENIZER_FILE}, got none; add --tokenizer=FILE, or copy "
-                "the file there"
+                f"{folder}: expected a {TOKENIZER_FILE}, got none; copy the file there, or add "
+                "--tokenizer=FILE (to train: --config.data.tokenizer=FILE)"
             )
         return checked_path(folder, TOKENIZER_FILE)
     if not Path(given).is_file():

@@ -60,6 +60,10 @@ class Tokenizer:
         for byte in _BYTES:
             self._id_of(byte, place)
         self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        if self.vocab_size > 2**31:
+            raise InputError(
+                f"{place}: expected ids below 2^31, got {self.vocab_size - 1}; mend the file"
+            )
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise InputError(
                 f"{place}: expected a byte-level BPE that keeps every byte, but encoding and "

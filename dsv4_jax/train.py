@@ -19,31 +19,34 @@ from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.compiler import compiler_options
 from dsv4_jax.data import (
     Batch,
-    TokenizedCorpus,
     TrainIterator,
-    baseline_bits_per_byte,
     held_out_batches,
     make_train_iterator,
-    prepare_corpus,
 )
+from dsv4_jax.encoding import render_messages
+from dsv4_jax.encoding_texts import THINKING
 from dsv4_jax.errors import InputError
 from dsv4_jax.feed import Ahead, Experts, Feed
 from dsv4_jax.files import check_writable, closing, write_atomically
 from dsv4_jax.flops import count_flops, flops_of
 from dsv4_jax.infer import generate
+from dsv4_jax.init_from import adopt_model, load_weights
 from dsv4_jax.log import RunLog
 from dsv4_jax.model import param_shapes
 from dsv4_jax.pace import DATA, EVALUATION, SAVING, SPEED, STEP, Pace
 from dsv4_jax.profile import Profiler
 from dsv4_jax.rounded_weights import round_weights
-from dsv4_jax.run_config import RunConfig, StageConfig, stage_name
+from dsv4_jax.run_config import CHAT, RunConfig, StageConfig, stage_name
+from dsv4_jax.served_model import ModelFolder
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, replicated, shardings_of
 from dsv4_jax.sizes import count_params
 from dsv4_jax.spikes import Spike, SpikeGuard
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
+from dsv4_jax.tokenized import TokenizedCorpus, baseline_bits_per_byte, prepare_corpus
 from dsv4_jax.train_step import (
     HELD_OUT,
+    MODEL_INPUTS,
     Skips,
     TrainState,
     abstract_state,
@@ -71,6 +74,7 @@ class _Run:
     started: float  # when, by time.time()
     profile_steps: tuple[int, int] | None
     wandb_project: str | None
+    init_from: ModelFolder | None
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:
@@ -103,7 +107,7 @@ class _Tools:
 
 def train(
     config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None,
-    wandb_project: str | None = None,
+    wandb_project: str | None = None, init_from: ModelFolder | None = None,
 ) -> TrainState:
     """Train to the end of the run, going on from the newest undamaged checkpoint of the workdir.
 
@@ -115,6 +119,8 @@ def train(
     Args:
       profile_steps: the first and the last step of which a trace is written to `profile/`.
       wandb_project: of Weights & Biases, where the metrics go, too.
+      init_from: the model whose weights and tokenizer a run without a checkpoint starts with, as
+        `served_model.check_model` returns it; None: weights are drawn.
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
         batches in a row had a loss or gradient that is not finite, or too many loss spikes
@@ -131,8 +137,10 @@ def train(
         patience=config.train.checkpoint_patience,
     )
     with closing(checkpoints):
+        if init_from is not None:
+            adopt_model(init_from, config, workdir)
         corpus = _read_corpus(config, workdir)
-        run = _Run(config, workdir, mesh, corpus, started, profile_steps, wandb_project)
+        run = _Run(config, workdir, mesh, corpus, started, profile_steps, wandb_project, init_from)
         with StopRequest() as stop:
             state = _train(run, checkpoints, stop)
     if stop:
@@ -183,8 +191,11 @@ def _first_state(
     """Return the steps taken, their state and what was saved with it; batches at their place."""
     step = checkpoints.latest_step
     if step is None:
-        with timed("drawing the initial weights"):
-            return 0, jax.block_until_ready(init_state(run.config, run.mesh)), {}
+        params = None
+        if run.init_from is not None:
+            params = load_weights(run.init_from, run.mesh)
+        with timed("drawing the initial weights" if params is None else "making the state"):
+            return 0, jax.block_until_ready(init_state(run.config, run.mesh, params)), {}
     state, place = checkpoints.restore(abstract_state(run.config, run.mesh))
     batches.set_state(place)
     say(f"resumed from the checkpoint of step {step}")
@@ -284,7 +295,7 @@ def _restore_routed(
     if run.mesh is not None:
         sharding = batch_sharding(run.mesh, stage.rows)
     tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), tokens)
+    batch = dict.fromkeys(MODEL_INPUTS, tokens)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(_routing_of(run, stage), state.params, batch),
@@ -453,9 +464,16 @@ def _has_score(log: RunLog, step: int) -> bool:
 
 
 def _sample_prompt(run: _Run) -> np.ndarray:
-    """Return the token ids that the final sample continues."""
-    plan, tokenizer = run.config.train, run.corpus.tokenizer
-    prompt = np.array([tokenizer.bos_id, *tokenizer.encode(plan.sample_prompt)], np.int32)
+    """Return the token ids that the final sample continues, or answers."""
+    plan, tokenizer, data = run.config.train, run.corpus.tokenizer, run.config.data
+    if data.format == CHAT:
+        mode, effort = THINKING[data.thinking]
+        question = [{"role": "user", "content": plan.sample_prompt}]
+        prompt = tokenizer.encode_segments(
+            render_messages(question, thinking_mode=mode, reasoning_effort=effort)
+        )
+    else:
+        prompt = np.array([tokenizer.bos_id, *tokenizer.encode(plan.sample_prompt)], np.int32)
     room = run.config.model.max_position_embeddings - plan.sample_tokens
     if len(prompt) > room:
         raise InputError(
@@ -467,7 +485,7 @@ def _sample_prompt(run: _Run) -> np.ndarray:
 
 
 def _write_sample(run: _Run, state: TrainState, prompt: np.ndarray) -> None:
-    """Print a text that the model continues from the prompt, and keep it in the workdir."""
+    """Print the prompt and what the model makes of it, and keep both in the workdir."""
     plan, tokenizer = run.config.train, run.corpus.tokenizer
     params = round_weights(state.params, run.config.model, run.config.runtime.linears)
     new = generate(
@@ -475,7 +493,8 @@ def _write_sample(run: _Run, state: TrainState, prompt: np.ndarray) -> None:
         temperature=plan.sample_temperature, top_p=plan.sample_top_p, seed=plan.seed,
         stop=tokenizer.eos_id, runtime=transformer_of(run.config, run.config.stages[-1]).runtime,
     )
-    text = plan.sample_prompt + tokenizer.decode(new.tokens[0])
+    between = "\n\n" if run.config.data.format == CHAT else ""
+    text = plan.sample_prompt + between + tokenizer.decode(new.tokens[0])
     write_atomically(run.workdir / "sample.txt", text.encode())
     say(f"sample:\n{text}")
 

@@ -35,12 +35,13 @@ from dsv4_jax.schedule import by_layer
 from dsv4_jax.shapes import Array, Float, Int
 from dsv4_jax.sharding import replicated, shardings_of
 
-# "tokens" and, if packed, "segment_ids" and "positions": int32 [b, t]; "experts" as `make_routing`
-# returns them, for anticipatory routing
+# "tokens", if packed "segment_ids" and "positions", and of chats "loss_mask": int32 [b, t];
+# "experts" as `make_routing` returns them, for anticipatory routing
 Batch = dict[str, Any]
 Metrics = dict[str, Array]  # scalars; under `LOAD` and a layer's name [e], of all experts
 
 LOAD = "load/"  # starts the names of the layers' loads
+MODEL_INPUTS = ("tokens", "segment_ids", "positions")  # of a batch
 HELD_OUT = "held_out_bits_per_byte"  # name of the metric that an evaluation adds
 
 
@@ -88,9 +89,16 @@ def learners_of(stage: StageConfig) -> tuple[str, ...]:
     return {DENSE: (MODEL,), INDEXER: (INDEXERS,), SPARSE: LEARNERS}[stage.attention]
 
 
-def init_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
-    """Make the state that a run starts from; on a mesh it is born sharded, never whole."""
-    params = init_params(config.model, jax.random.key(config.train.seed), mesh)
+def init_state(
+    config: RunConfig, mesh: Mesh | None = None, params: dict | None = None
+) -> TrainState:
+    """Make the state that a run starts from; on a mesh it is born sharded, never whole.
+
+    Args:
+      params: to start from, on the mesh; None: they are drawn.
+    """
+    if params is None:
+        params = init_params(config.model, jax.random.key(config.train.seed), mesh)
     placed = state_shardings(config, mesh)
     opt_placed, counter = (None, None) if mesh is None else (placed.opt_state, placed.step)
     init = jax.jit(_optimizer_of(config).init, out_shardings=opt_placed)
@@ -267,9 +275,9 @@ def make_evaluation(
 
     def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
         params = round_weights(params, config.model, config.runtime.linears)
-        features = model.apply({"params": params}, **batch, mtp=False, method="features")
-        targets = shifted_targets(batch["tokens"], batch.get("segment_ids"), 1)
-        return token_nats(features.hidden, params["head"], *targets)
+        inputs = _model_inputs(batch)
+        features = model.apply({"params": params}, **inputs, mtp=False, method="features")
+        return token_nats(features.hidden, params["head"], *_targets(batch, 1))
 
     return evaluate
 
@@ -286,7 +294,7 @@ def make_routing(
 
     def chosen(params: dict, batch: Batch) -> dict[str, Array]:
         params = round_weights(params, config.model, config.runtime.linears)
-        features = model.apply({"params": params}, **batch, method="features")
+        features = model.apply({"params": params}, **_model_inputs(batch), method="features")
         biased = {path[:-2] for path in flatten_dict(params) if path[-1] == "selection_bias"}
         return {
             path: _rows_first(stats.experts).astype(jnp.int16)  # there are fewer than 2^15
@@ -294,6 +302,16 @@ def make_routing(
         }
 
     return chosen
+
+
+def _model_inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def _targets(batch: Batch, shift: int) -> tuple[Array, Array]:
+    return shifted_targets(
+        batch["tokens"], batch.get("segment_ids"), shift, batch.get("loss_mask")
+    )
 
 
 def _rows_first(experts: Int[Array, "*z b t a"]) -> Int[Array, "b *z t a"]:
@@ -315,7 +333,7 @@ def _count_targets(batch: Batch, ratio: int) -> Float[Array, " losses"]:
     tokens whose document has a complete block of `ratio` tokens, which an indexer scores.
     """
     tokens, segments = batch["tokens"], batch.get("segment_ids")
-    predicted = [jnp.sum(shifted_targets(tokens, segments, shift)[1]) for shift in (1, 2)]
+    predicted = [jnp.sum(_targets(batch, shift)[1]) for shift in (1, 2)]
     if segments is None:
         scored = tokens.shape[0] * max(tokens.shape[1] - ratio + 1, 0)
     else:
@@ -329,19 +347,18 @@ def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: 
         path: _rows_first(experts).astype(jnp.int32)
         for path, experts in batch.get("experts", {}).items()
     }
-    inputs = {name: x for name, x in batch.items() if name != "experts"}
+    inputs = _model_inputs(batch)
     features = model.apply({"params": params}, **inputs, mtp=mtp, experts=chosen, method="features")
-    tokens, segments = batch["tokens"], batch.get("segment_ids")
     head, mtp_nats = params["head"], jnp.zeros(())
     if features.mtp_hidden is not None:
-        mtp_nats = token_nats(features.mtp_hidden, head, *shifted_targets(tokens, segments, 2))
+        mtp_nats = token_nats(features.mtp_hidden, head, *_targets(batch, 2))
     layers = features.layers.values()
     lesson = Lesson(*(jnp.zeros(()) for _ in Lesson._fields))
     for stats in layers:
         if stats.lesson is not None:
             lesson = jax.tree.map(lambda total, x: total + jnp.sum(x), lesson, stats.lesson)
     return Sums(
-        next_token=token_nats(features.hidden, head, *shifted_targets(tokens, segments, 1)),
+        next_token=token_nats(features.hidden, head, *_targets(batch, 1)),
         mtp=mtp_nats,
         balance=share * sum(jnp.sum(stats.balance_loss) for stats in layers),
         **lesson._asdict(),

@@ -16,8 +16,9 @@ import jax
 from absl import flags
 
 from dsv4_jax import cli
-from dsv4_jax.chat import THINKING, WriteOptions, run_prompts
+from dsv4_jax.chat import WriteOptions, run_prompts
 from dsv4_jax.config import CACHE_FORMATS
+from dsv4_jax.encoding_texts import THINKING
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "workdir of a training, or a folder of safetensors or of Orbax's files"

@@ -4,6 +4,10 @@
 
 With --profile_steps=10:13 a trace of these steps is written to DIR/profile, for xprof.
 
+With --init_from=DIR the run starts with the weights, the tokenizer and, where the config leaves it
+open, the model of a checkpoint: the workdir of another training, or any folder that
+launch/convert.py reads.
+
 The same command again goes on from the newest checkpoint of the workdir.
 """
 
@@ -18,6 +22,7 @@ from ml_collections import config_flags
 from dsv4_jax import cli
 from dsv4_jax.profile import parse_steps
 from dsv4_jax.run_config import RunConfig
+from dsv4_jax.served_model import ModelFolder, check_model
 from dsv4_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
@@ -25,17 +30,34 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for all that the run writ
 WANDB = flags.DEFINE_string(
     "wandb_project", None, "project of Weights & Biases to log to, too (needs the extra wandb)"
 )
+INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "workdir of a training, or a folder of safetensors or of Orbax's files, "
+    "whose model is trained on"
+)
 PROFILE = flags.DEFINE_string("profile_steps", None, "steps to trace, as FIRST:LAST")
 
 
 def main() -> None:
     cli.require(CONFIG, WORKDIR)
-    config = RunConfig.from_config_dict(CONFIG.value)
+    origin = _origin()
+    config = RunConfig.from_config_dict(CONFIG.value, None if origin is None else origin.config)
     profile_steps = parse_steps(PROFILE.value, "--profile_steps")
     if jax.config.jax_compilation_cache_dir is None:
         # A run that goes on need not compile again.
         jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value, "compiled")))
-    train(config, WORKDIR.value, profile_steps=profile_steps, wandb_project=WANDB.value)
+    train(
+        config, WORKDIR.value, profile_steps=profile_steps, wandb_project=WANDB.value,
+        init_from=origin,
+    )
+
+
+def _origin() -> ModelFolder | None:
+    """Return the model to start from; without a prediction block if the config wants none."""
+    if INIT_FROM.value is None:
+        return None
+    model, data = CONFIG.value.get("model", {}), CONFIG.value.get("data", {})
+    skip_mtp = model.get("num_nextn_predict_layers") == 0
+    return check_model(INIT_FROM.value, data.get("tokenizer"), skip_mtp=skip_mtp)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -146,12 +147,16 @@ def refusal(folder, prompt="x", **options) -> str:
     return str(caught.value)
 
 
-def test_bad_prompts_are_refused_before_the_weights_are_read(folder):
+def test_bad_prompts_are_refused_before_the_weights_are_read(folder, tmp_path):
     assert "prompt: expected a text to continue, got none" in refusal(folder, "")
     assert "got '\\ud800' at character 1" in refusal(folder, "a\ud800")
     assert "expected at most 256 tokens" in refusal(folder, "a" * 10_000_000)
     assert "max_new_tokens: expected less than" in refusal(folder, max_new_tokens=512)
-    assert "control token '<｜User｜>'" in refusal(folder, chat=True)
+    fields = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    fields["added_tokens"] = [t for t in fields["added_tokens"] if t["special"]]
+    foreign = tmp_path / "tokenizer.json"
+    foreign.write_text(json.dumps(fields), encoding="utf-8")
+    assert "control token '<｜User｜>'" in refusal(folder, chat=True, tokenizer=str(foreign))
 
 
 def test_bad_folders_and_tokenizers_are_refused(folder, tmp_path):

@@ -18,18 +18,20 @@ import pytest
 
 from dsv4_jax.corpus import read_corpus
 from dsv4_jax.data import (
-    TOKENS_FILE,
     DocumentOrder,
-    Documents,
     Pieces,
-    baseline_bits_per_byte,
     held_out_batches,
     make_train_iterator,
     pack,
-    prepare_corpus,
 )
 from dsv4_jax.errors import InputError
 from dsv4_jax.run_config import DataConfig, StageConfig
+from dsv4_jax.tokenized import (
+    TOKENS_FILE,
+    Documents,
+    baseline_bits_per_byte,
+    prepare_corpus,
+)
 from dsv4_jax.tokenizer import train_tokenizer
 
 VOCAB_SIZE = 300

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from dsv4_jax import InputError
 from dsv4_jax import tokenizer as tokenizer_module
+from dsv4_jax.encoding_texts import BOS, EOS, THINK
 from dsv4_jax.token_ids import check_token_ids
 from dsv4_jax.tokenizer import (
-    BOS,
-    EOS,
     TOKENIZER_FILE,
     Tokenizer,
     load_tokenizer,
@@ -79,18 +78,12 @@ def test_decode_leaves_out_bos_and_eos_and_marks_unknown_ids():
 
 
 def test_text_cannot_forge_control_tokens():
-    think = {
-        "id": TOKENIZER.vocab_size, "content": "<think>", "special": False, "normalized": False,
-        "single_word": False, "lstrip": False, "rstrip": False,
-    }
-    added = [*json.loads(TOKENIZER.specification)["added_tokens"], think]
-    tokenizer = Tokenizer(edited(added_tokens=added), "here")
-    assert tokenizer.vocab_size == TOKENIZER.vocab_size + 1
-    assert tokenizer.decode([think["id"]]) == "<think>"
-    text = f"{BOS}<think>x{EOS}"
-    ids = tokenizer.encode(text)
-    assert not {0, 1, think["id"]} & set(ids.tolist())
-    assert tokenizer.decode(ids) == text
+    think = int(TOKENIZER.encode_segments([(THINK, True)])[0])
+    assert TOKENIZER.decode([think]) == THINK
+    text = f"{BOS}{THINK}x{EOS}"
+    ids = TOKENIZER.encode(text)
+    assert not {0, 1, think} & set(ids.tolist())
+    assert TOKENIZER.decode(ids) == text
 
 
 def test_truncation_of_a_given_tokenizer_is_not_applied():

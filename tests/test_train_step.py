@@ -13,7 +13,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv4_jax.params import merge, split_trainable
 from dsv4_jax.run_config import INDEXER, SPARSE, RunConfig
-from dsv4_jax.train_step import LOAD, init_state, make_train_step, transformer_of
+from dsv4_jax.train_step import (
+    LOAD,
+    init_state,
+    make_evaluation,
+    make_train_step,
+    transformer_of,
+)
 
 ROUNDING = 1e-5  # ratio: the same float32 sums in another order
 STEPS, DECAY_START = 10, 6
@@ -50,22 +56,27 @@ BATCH = {
 }
 
 
-def mean_nats(logits: jax.Array, shift: int) -> jax.Array:
-    """Average -log p of the token `shift` places on over places whose document reaches so far."""
+def mean_nats(logits: jax.Array, shift: int, learned=None) -> jax.Array:
+    """Average -log p of the token `shift` places on over places whose document reaches so far.
+
+    With `learned` it is over the places whose token so far on is learned.
+    """
     log_p, segments = jax.nn.log_softmax(logits), BATCH["segment_ids"]
     places = [
         (row, t) for row, t in np.ndindex(segments.shape[0], segments.shape[1] - shift)
         if segments[row, t] == segments[row, t + shift] > 0
+        and (learned is None or learned[row, t + shift])
     ]
     row, t = map(np.array, zip(*places, strict=True))
     return -jnp.mean(log_p[row, t, BATCH["tokens"][row, t + shift]])
 
 
-def objective(trainable, frozen, mtp_weight: float, stage=CONFIG.stages[0]):
+def objective(trainable, frozen, mtp_weight: float, stage=CONFIG.stages[0], learned=None):
     """Return the loss, and its parts with the features."""
     params = {"params": merge(trainable, frozen)}
     features = transformer_of(CONFIG, stage).apply(params, **BATCH, method="features")
-    main, mtp = mean_nats(features.logits, 1), mean_nats(features.mtp_logits, 2)
+    main = mean_nats(features.logits, 1, learned)
+    mtp = mean_nats(features.mtp_logits, 2, learned)
     balance = sum(jnp.sum(stats.balance_loss) for stats in features.layers.values())
     return main + mtp_weight * mtp + BALANCE_WEIGHT * balance, (main, mtp, balance, features)
 
@@ -104,7 +115,12 @@ def test_a_step_descends_the_stated_objective(state, step, gradient, taken, mtp_
     expected, parts = gradient(*split_trainable(state.params), mtp_weight)
     for name, part in zip(("loss", "mtp_loss", "balance_loss"), parts, strict=False):
         np.testing.assert_allclose(metrics[name], part, rtol=ROUNDING)
-    moments = flatten_dict(means_of(after, "model"))  # of fresh AdamW: 0.1 g
+    assert_descended(after, expected)
+
+
+def assert_descended(after, expected) -> None:
+    """Compare the gradient that a fresh AdamW has taken for the model with another one."""
+    moments = flatten_dict(means_of(after, "model"))  # 0.1 g
     largest = max(float(np.linalg.norm(g)) for g in jax.tree.leaves(expected))
     compared = 0
     for path, wanted in flatten_dict(expected).items():
@@ -113,6 +129,30 @@ def test_a_step_descends_the_stated_objective(state, step, gradient, taken, mtp_
             assert error <= ROUNDING * largest, path
             compared += 1
     assert compared > 50
+
+
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.heavy)])
+def test_a_loss_mask_leaves_the_loss_of_what_is_learned(state, parts):
+    """Also where micro-batches learn different numbers of tokens."""
+    learned = np.random.default_rng(3).integers(0, 2, (2, 16)).astype(np.int32)
+    learned[1] = 0
+    learned[1, 5] = 1
+    stage = dataclasses.replace(CONFIG.stages[0], accumulation=parts)
+    batch = BATCH | {"loss_mask": learned}
+    after, metrics = quick_jit(make_train_step(CONFIG, stage))(state, batch)
+    gradient = quick_jit(jax.grad(
+        lambda *trees: objective(*trees, MTP_WEIGHT, learned=learned), has_aux=True
+    ))
+    expected, losses = gradient(*split_trainable(state.params))
+    for name, part in zip(("loss", "mtp_loss", "balance_loss"), losses, strict=False):
+        np.testing.assert_allclose(metrics[name], part, rtol=ROUNDING)
+    assert_descended(after, expected)
+    nats = quick_jit(make_evaluation(CONFIG, stage))(state.params, batch)
+    count = sum(
+        learned[row, t + 1] for row, t in np.ndindex(2, 15)
+        if BATCH["segment_ids"][row, t] == BATCH["segment_ids"][row, t + 1] > 0
+    )
+    np.testing.assert_allclose(nats, losses[0] * count, rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("attention", [pytest.param(INDEXER, marks=pytest.mark.heavy), SPARSE])

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsv4_jax.manifest import MANIFEST_FILE
@@ -50,7 +50,10 @@ def write_text(path: Path) -> Path:
     return path
 
 
-def start(sections: dict, workdir: Path, compiled: Path, **environment: str) -> subprocess.Popen:
+def start(
+    sections: dict, workdir: Path, compiled: Path, arguments: Sequence[str] = (),
+    **environment: str,
+) -> subprocess.Popen:
     """Start the command on one device; equal programs are compiled once for all processes."""
     path = workdir.with_suffix(".py")
     path.write_text(
@@ -58,7 +61,10 @@ def start(sections: dict, workdir: Path, compiled: Path, **environment: str) -> 
         f"    return ConfigDict({sections!r})\n"
     )
     return subprocess.Popen(
-        [sys.executable, ROOT / "launch" / "train.py", f"--config={path}", f"--workdir={workdir}"],
+        [
+            sys.executable, ROOT / "launch" / "train.py", f"--config={path}",
+            f"--workdir={workdir}", *arguments,
+        ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={
             **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT),
