@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
             "mtp_weight_in_decay": 0.1,
             "balance_weight": 1e-4,
             "bias_update_rate": 1e-3,
+            "deterministic": True,
             "skip_non_finite": True,
             "most_skips": 10,
             "eval_every": 1000,

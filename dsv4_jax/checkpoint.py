@@ -33,8 +33,8 @@ from dsv4_jax.terminal import say
 
 # What a run may not change when it continues: these shape the state or the order of the data.
 # (The data's place refuses other stages, where they have begun.)
-FIXED_KEYS = ("model", "data.source", "data.text_field", "data.tokenizer", "data.seed",
-              "data.held_out_fraction", "optimizer.name")
+FIXED_KEYS = ("model", "data.source", "data.format", "data.text_field", "data.thinking",
+              "data.tokenizer", "data.seed", "data.held_out_fraction", "optimizer.name")
 # Else an array of one device is one chunk, of up to 2 GB, and to read a layer is to read all of it.
 CHUNK_BYTES = 64 * 2**20
 STACKS = ("pairs", "experts")  # names of subtrees whose arrays are stacks

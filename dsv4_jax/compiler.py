@@ -1,8 +1,12 @@
-"""Options of the compiler that make whole programs faster than its defaults do."""
+"""Options of the compiler: programs that are faster, and that add in the same order every time."""
 
 from __future__ import annotations
 
+import re
+
 import jax
+
+from dsv4_jax.errors import InputError
 
 # On CPU XLA hands some products and sums to the library YNNPACK. Its sums over leading axes, such
 # as the gradient of a norm's weight, are slow in jax 0.10: without them a training step took
@@ -22,8 +26,40 @@ def inference_options() -> dict[str, str] | None:
     return _PRODUCTS_ONLY if jax.default_backend() == "cpu" else None
 
 
-def compiler_options() -> dict[str, str] | None:
-    """Return what to pass to `jax.jit` as `compiler_options` for steps and evaluations."""
-    if jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11):
+# On GPU XLA adds what is scattered to one place in the order in which threads come, and may choose
+# other products at each compilation by timing them. This sorts before it adds, and times nothing.
+_DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+
+_SCATTER = re.compile(r"= \S+ scatter\(")
+
+
+def compiler_options(*, deterministic: bool = True) -> dict[str, str | bool] | None:
+    """Return what to pass to `jax.jit` as `compiler_options` for steps and evaluations.
+
+    Args:
+      deterministic: the same inputs give the same bits, at every call and in every process. On CPU
+        and TPU they do in any case.
+    """
+    backend = jax.default_backend()
+    if backend == "cpu" and jax.__version_info__ < (0, 11):
         return _PRODUCTS_ONLY
-    return None
+    return _DETERMINISTIC if backend == "gpu" and deterministic else None
+
+
+def check_deterministic(program: str) -> None:
+    """Refuse a compiled GPU program whose sums depend on the order of threads.
+
+    Args:
+      program: its optimized HLO, as `Compiled.as_text` gives it.
+    Raises:
+      InputError: something is scattered to places that are not told apart.
+    """
+    found = sum(
+        "unique_indices=true" not in line for line in program.splitlines() if _SCATTER.search(line)
+    )
+    if found:
+        raise InputError(
+            f"train.deterministic: expected a program that adds in one order, but the compiler "
+            f"left {found} scatters that do not; take XLA_FLAGS that forbid it away, or set "
+            "train.deterministic=False"
+        )

@@ -175,6 +175,7 @@ class TrainConfig:
     mtp_weight_in_decay: float = 0.1  # the same from the start of the learning-rate decay
     balance_weight: float = 1e-4  # of the sequence-wise expert balance loss
     bias_update_rate: float = 1e-3  # step of the routers' selection bias
+    deterministic: bool = True  # equal runs have equal bits on GPU, too, where it takes time
     skip_non_finite: bool = True  # a batch of infinite or NaN loss or gradient moves nothing
     most_skips: int = 10  # such batches in a row that end the run
     eval_every: int  # steps between evaluations of the held-out text

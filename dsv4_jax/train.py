@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from dsv4_jax.checkpoint import Checkpoints
-from dsv4_jax.compiler import compiler_options
+from dsv4_jax.compiler import check_deterministic, compiler_options
 from dsv4_jax.data import (
     Batch,
     TrainIterator,
@@ -54,6 +54,7 @@ from dsv4_jax.train_step import (
     make_evaluation,
     make_routing,
     make_train_step,
+    optimizer_flops,
     state_shardings,
     transformer_of,
 )
@@ -281,7 +282,7 @@ def _run_stage(
 
 def _routing_of(run: _Run, stage: StageConfig) -> Callable:
     return jax.jit(
-        make_routing(run.config, stage, run.mesh), compiler_options=compiler_options()
+        make_routing(run.config, stage, run.mesh), compiler_options=_options_of(run.config)
     )
 
 
@@ -408,7 +409,7 @@ def _compile_step(
         outputs = state_shardings(run.config, run.mesh), replicated(run.mesh)
     step = jax.jit(
         make_train_step(run.config, stage, run.mesh), donate_argnums=0, out_shardings=outputs,
-        compiler_options=compiler_options(),
+        compiler_options=_options_of(run.config),
     )
     described = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
@@ -422,7 +423,16 @@ def _compile_step(
             flops = count_flops(make_train_step(config, stage, run.mesh), *described)
         else:
             flops = flops_of(traced.jaxpr)
-        return traced.lower().compile(), flops.matmul
+        compiled = traced.lower().compile()
+    if run.config.train.deterministic and jax.default_backend() == "gpu":
+        check_deterministic(compiled.as_text())
+    share = optimizer_flops(run.config, stage) / flops.matmul
+    say(f"a step: {flops.matmul / 1e9:,.4g} GFLOP in matrix products, {share:.1%} of them Muon's")
+    return compiled, flops.matmul
+
+
+def _options_of(config: RunConfig) -> dict[str, str | bool] | None:
+    return compiler_options(deterministic=config.train.deterministic)
 
 
 class _Evaluation:
@@ -440,7 +450,8 @@ class _Evaluation:
             shard_index=jax.process_index(), shard_count=jax.process_count(),
         )
         self._nats = jax.jit(
-            make_evaluation(run.config, stage, run.mesh), compiler_options=compiler_options()
+            make_evaluation(run.config, stage, run.mesh),
+            compiler_options=_options_of(run.config),
         )
 
     def report(self, step: int, params: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from dsv4_jax.attention.layout import document_offsets
 from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.config import CSA
+from dsv4_jax.flops import count_flops
 from dsv4_jax.loss import shifted_targets, token_nats
 from dsv4_jax.model import Transformer, init_params, param_shapes
 from dsv4_jax.optimizer import (
@@ -324,6 +326,14 @@ def _optimizer_of(
 ) -> optax.GradientTransformationExtraArgs:
     kinds = split_trainable(kinds_of(param_shapes(config.model)))[0]
     return make_optimizer(config.optimizer, kinds, learners)
+
+
+def optimizer_flops(config: RunConfig, stage: StageConfig) -> int:
+    """Return the operations in matrix products of one update, which are all Muon's."""
+    shapes = _state_shapes(config)
+    trainable = split_trainable(shapes.params)[0]
+    update = functools.partial(_optimizer_of(config, learners_of(stage)).update, learning_rate=1.0)
+    return count_flops(update, trainable, shapes.opt_state, trainable).matmul
 
 
 def _count_targets(batch: Batch, ratio: int) -> Float[Array, " losses"]:
