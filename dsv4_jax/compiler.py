@@ -30,7 +30,8 @@ def inference_options() -> dict[str, str] | None:
 # other products at each compilation by timing them. This sorts before it adds, and times nothing.
 _DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
-_SCATTER = re.compile(r"= \S+ scatter\(")
+# A scatter of floating-point numbers, alone or in a tuple; of whole ones any order is exact.
+_SCATTER = re.compile(r"= [^=]*\b(?:bf|f|c)\d+\w*\[[^=]* scatter\(")
 
 
 def compiler_options(*, deterministic: bool = True) -> dict[str, str | bool] | None:

@@ -19,6 +19,8 @@ SORTED = (
     "update_window_dims={1,2,3}, index_vector_dim=1, indices_are_sorted=true, unique_indices=true, "
     "to_apply=%region_1.8"
 )
+COUNTS = SCATTER.replace("f32[4096,128]{1,0}", "s32[16]{0}")
+TUPLE = SCATTER.replace("f32[4096,128]{1,0}", "(s32[16]{0}, bf16[4,2]{1,0})")
 OTHER = (
     '  ROOT %input_scatter_fusion = f32[4096,128]{1,0} fusion(%copy.2, %g.1), kind=kInput, '
     'calls=%fused_scatter, metadata={op_name="jit(f)/scatter(x)"}'
@@ -26,9 +28,9 @@ OTHER = (
 
 
 def test_a_program_that_adds_in_any_order_is_refused():
-    check_deterministic(f"{OTHER}\n{SORTED}\n{OTHER}")
+    check_deterministic(f"{OTHER}\n{SORTED}\n{COUNTS}\n{OTHER}")
     with pytest.raises(InputError, match="left 2 scatters .* train.deterministic=False") as caught:
-        check_deterministic(f"{SCATTER}\n{SORTED}\n{SCATTER}")
+        check_deterministic(f"{SCATTER}\n{SORTED}\n{TUPLE}")
     assert "\n" not in str(caught.value)
 
 
