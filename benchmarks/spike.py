@@ -19,9 +19,10 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from dsv4_jax import train as training
+from dsv4_jax import programs
 from dsv4_jax.cli import read_config_file
 from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train import train
 
 STEPS = flags.DEFINE_integer("steps", 300, "Steps of each run.", lower_bound=100)
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 1024, "Tokens of a step.", lower_bound=256)
@@ -48,7 +49,7 @@ class Disturbance:
     """Compile steps that meet random tokens and a high learning rate at half of the run."""
 
     def __init__(self):
-        self._compile = training._compile_step
+        self._compile = programs.compile_step
         self._first = STEPS.value // 2
 
     def __call__(self, run, stage, state, batch):
@@ -72,16 +73,16 @@ class Disturbance:
 
 def run(name: str, *, guard: bool, disturbed: bool) -> dict[int, dict]:
     """Train; return the metrics by step."""
-    original = training._compile_step
+    original = programs.compile_step
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         workdir = Path(folder, "run")
         if disturbed:
-            training._compile_step = Disturbance()
+            programs.compile_step = Disturbance()
         try:
             with contextlib.redirect_stdout(nowhere):
-                training.train(run_config(guard), workdir)
+                train(run_config(guard), workdir)
         finally:
-            training._compile_step = original
+            programs.compile_step = original
         found = {}
         for line in (workdir / "metrics.jsonl").read_text().splitlines():
             values = json.loads(line)

@@ -14,8 +14,7 @@ from fault_cases import cases
 from saved_states import assert_same
 from training_command import committed_steps, result_of, sections_of, write_text
 
-from dsv4_jax import train as training
-from dsv4_jax import train_step
+from dsv4_jax import programs, train_step
 from dsv4_jax.checkpoint import check_checkpoint
 from dsv4_jax.errors import InputError
 from dsv4_jax.run_config import RunConfig
@@ -110,7 +109,7 @@ class Spoiler:
     """Put a NaN into the parameters before the step of some number."""
 
     def __init__(self, step: int, leaf: tuple[str, ...]):
-        self.step, self.leaf, self.original = step, leaf, training._compile_step
+        self.step, self.leaf, self.original = step, leaf, programs.compile_step
 
     def __call__(self, run, stage, state, batch):
         program, flops = self.original(run, stage, state, batch)
@@ -153,7 +152,7 @@ def test_a_bad_state_ends_the_run_unsaved_and_the_next_one_mends_it(
     leaf, message, config, straight, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_compile_step", Spoiler(7, leaf))
+        patch.setattr(programs, "compile_step", Spoiler(7, leaf))
         with pytest.raises(InputError, match=message) as caught:
             train(config, tmp_path)
     assert "\n" not in str(caught.value)

@@ -16,11 +16,12 @@ import pytest
 from compiling import quick_jit
 from training_command import MODEL, committed_steps, metrics_of, result_of, sections_of, write_text
 
-from dsv4_jax import train as training
+from dsv4_jax import programs
 from dsv4_jax.errors import InputError
 from dsv4_jax.feed import Feed
 from dsv4_jax.run_config import RunConfig, SpikeConfig
 from dsv4_jax.spikes import SpikeGuard
+from dsv4_jax.train import train
 from dsv4_jax.train_step import LOAD, init_state, make_routing, make_train_step
 
 F13 = "F13: a loss spike, gone back from"
@@ -218,7 +219,7 @@ class Disturbed:
     """Compile steps that meet random text and a learning rate out of all bounds in a burst."""
 
     def __init__(self):
-        self.original = training._compile_step
+        self.original = programs.compile_step
 
     def __call__(self, run, stage, state, batch):
         program, flops = self.original(run, stage, state, batch)
@@ -245,8 +246,8 @@ def disturbed(tmp_path_factory):
     sections["spikes"] = {"window": 32, "lag": 3, "steps": 12}
     config = RunConfig.from_config_dict(sections)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(training, "_compile_step", Disturbed())
-        training.train(config, folder / "run")
+        patch.setattr(programs, "compile_step", Disturbed())
+        train(config, folder / "run")
     return config, folder / "run", printed.getvalue()
 
 
@@ -283,7 +284,7 @@ def test_a_run_goes_on_bit_by_bit_before_in_and_after_a_spike(
     for later in committed_steps(workdir):
         if later > step:
             shutil.rmtree(workdir / "checkpoints" / str(later))
-    monkeypatch.setattr(training, "_compile_step", Disturbed())
-    training.train(config, workdir)
+    monkeypatch.setattr(programs, "compile_step", Disturbed())
+    train(config, workdir)
     assert result_of(workdir) == result_of(straight)
     record_property(F13, 1)

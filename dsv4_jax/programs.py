@@ -1,0 +1,90 @@
+"""The compiled programs of a stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from dsv4_jax.compiler import check_deterministic, compiler_options
+from dsv4_jax.data import Batch
+from dsv4_jax.feed import Ahead
+from dsv4_jax.flops import count_flops, flops_of
+from dsv4_jax.pace import Pace
+from dsv4_jax.run import Run
+from dsv4_jax.run_config import RunConfig, StageConfig
+from dsv4_jax.sharding import replicated
+from dsv4_jax.terminal import say, timed
+from dsv4_jax.train_step import (
+    TrainState,
+    make_routing,
+    make_train_step,
+    optimizer_flops,
+    state_shardings,
+)
+
+
+class Programs:
+    """The compiled step of a stage: as usual, and for batches with the experts to use."""
+
+    def __init__(self, run: Run, stage: StageConfig, pace: Pace):
+        self._run, self._stage, self._pace = run, stage, pace
+        self._compiled = {}
+
+    def of(self, state: TrainState, ahead: Ahead) -> Callable:
+        """Return the program for a batch; the first of its kind is waited for."""
+        kind = ahead.experts is not None
+        if kind not in self._compiled:
+            self._compiled[kind] = compile_step(self._run, self._stage, state, ahead.inputs)
+            self._pace.restart()
+        program, self._pace.flops = self._compiled[kind]
+        return program
+
+
+def routing_of(run: Run, stage: StageConfig) -> Callable:
+    """Return `make_routing` of a stage, jitted."""
+    return jax.jit(
+        make_routing(run.config, stage, run.mesh), compiler_options=options_of(run.config)
+    )
+
+
+def compile_step(
+    run: Run, stage: StageConfig, state: TrainState, batch: Batch
+) -> tuple[jax.stages.Compiled, int]:
+    """Compile a stage's step for arguments placed as these are; count the operations of products.
+
+    From their description: a fresh state and a restored one differ in what JAX may still move, so
+    that they themselves would make two programs, and a run that goes on would compile again.
+    """
+    outputs = None
+    if run.mesh is not None:
+        # Whole metrics on each device: this host can read them.
+        outputs = state_shardings(run.config, run.mesh), replicated(run.mesh)
+    step = jax.jit(
+        make_train_step(run.config, stage, run.mesh), donate_argnums=0, out_shardings=outputs,
+        compiler_options=options_of(run.config),
+    )
+    described = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
+    )
+    with timed("compiling the training step"):
+        traced = step.trace(*described)
+        if run.config.runtime.remat:
+            # What is computed again is no progress.
+            stored = dataclasses.replace(run.config.runtime, remat=False)
+            config = dataclasses.replace(run.config, runtime=stored)
+            flops = count_flops(make_train_step(config, stage, run.mesh), *described)
+        else:
+            flops = flops_of(traced.jaxpr)
+        compiled = traced.lower().compile()
+    if run.config.train.deterministic and jax.default_backend() == "gpu":
+        check_deterministic(compiled.as_text())
+    share = optimizer_flops(run.config, stage) / flops.matmul
+    say(f"a step: {flops.matmul / 1e9:,.4g} GFLOP in matrix products, {share:.1%} of them Muon's")
+    return compiled, flops.matmul
+
+
+def options_of(config: RunConfig) -> dict[str, str | bool] | None:
+    """Return the compiler's options for a run's programs."""
+    return compiler_options(deterministic=config.train.deterministic)

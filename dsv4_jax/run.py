@@ -1,0 +1,84 @@
+"""What all parts of a training run share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from dsv4_jax.data import Batch
+from dsv4_jax.model import param_shapes
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.served_model import ModelFolder
+from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
+from dsv4_jax.sizes import count_params
+from dsv4_jax.terminal import say, timed
+from dsv4_jax.tokenized import TokenizedCorpus, baseline_bits_per_byte, prepare_corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all parts of a run share."""
+
+    config: RunConfig
+    workdir: Path
+    mesh: Mesh | None  # None on one device
+    corpus: TokenizedCorpus
+    started: float  # when, by time.time()
+    profile_steps: tuple[int, int] | None
+    wandb_project: str | None
+    init_from: ModelFolder | None
+
+    @functools.cached_property
+    def baselines(self) -> dict[str, float]:
+        """What general compressors need for the held-out text, in bits per byte."""
+        return baseline_bits_per_byte(self.corpus.held_out_text)
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """Put this host's part of a batch on its devices."""
+        if self.mesh is None:
+            return jax.device_put(batch)
+        sharding = batch_sharding(self.mesh, len(batch["tokens"]) * jax.process_count())
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in batch.items()
+        }
+
+
+def corpus_of(config: RunConfig, workdir: Path) -> TokenizedCorpus:
+    """Read the source of a run, and tell how much it is."""
+    with timed("reading, tokenizing and encoding the text"):
+        corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+    say(
+        f"data: {len(corpus.train.tokens):,} tokens in {len(corpus.train):,} documents to train "
+        f"on, {len(corpus.held_out_text):,} bytes held out"
+    )
+    return corpus
+
+
+def mesh_of(config: RunConfig) -> Mesh | None:
+    """Return the mesh of a run; a run on one device needs none."""
+    sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
+    if math.prod(sizes) == 1:
+        return None
+    mesh = make_mesh(sizes)
+    # The rows of a micro-batch and every axis of the model must fall into equal parts.
+    for stage in config.stages:
+        batch_sharding(mesh, stage.rows // stage.accumulation)
+    shardings_of(param_shapes(config.model), mesh)
+    return mesh
+
+
+def announce_model(config: RunConfig, mesh: Mesh | None) -> None:
+    """Tell the size of a run's model, and where it is trained."""
+    size = count_params(config.model)
+    used = 1 if mesh is None else mesh.size
+    say(
+        f"model: {size.total:,} parameters, {size.active:,} active per token, {size.mtp:,} more "
+        f"for multi-token prediction; on {used} of {len(jax.devices())} "
+        f"{jax.default_backend()} devices"
+    )
