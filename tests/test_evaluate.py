@@ -127,6 +127,15 @@ def test_bad_input_is_refused_before_weights_are_read(
     assert "\n" not in str(caught.value)
 
 
+def test_held_out_chats_are_no_text(folders, unread, tmp_path):
+    run = Path(shutil.copytree(folders / "run", tmp_path / "run"))
+    sections = json.loads((run / "config.json").read_text())
+    sections["data"]["format"] = "chat"
+    (run / "config.json").write_text(json.dumps(sections))
+    with pytest.raises(InputError, match="text: expected .* held out chats, .* add --text=PATH"):
+        evaluate.evaluate(run, "perplexity", Settings())
+
+
 @pytest.mark.parametrize("name", ["context", "stride", "batch_tokens", "lm_eval_limit"])
 def test_numbers_below_1_are_refused(name):
     with pytest.raises(InputError, match=f"{name}: expected at least 1, got 0"):
