@@ -72,7 +72,7 @@ class Curve(NamedTuple):
     def blew_up(self) -> bool:
         """Whether the loss left its lowest value for good."""
         last = self.losses[-max(1, len(self.losses) // 20):]
-        return not np.isfinite(last).all() or last.mean() > self.losses.min() + DIVERGED
+        return not np.isfinite(last).all() or last.mean() > np.nanmin(self.losses) + DIVERGED
 
     def steps_to(self, bits: float) -> float | None:
         """Return the step at which the held-out text first needed so little; None: never."""
@@ -286,7 +286,7 @@ def run_residual() -> list[Curve]:
         name, rate = curve.name.split()
         gain = "" if curve.gain is None else f"{curve.gain:.3g}"
         print(
-            f"| {name} | {rate} | {curve.bits[-1]:.3f} | {curve.losses.min():.3f} | "
+            f"| {name} | {rate} | {curve.bits[-1]:.3f} | {np.nanmin(curve.losses):.3f} | "
             f"{curve.losses[-5:].mean():.3f} | {curve.norms[STEPS.value // 10:].max():.3g} | "
             f"{gain} | {'yes' if curve.blew_up else 'no'} | {curve.seconds * 1e3:.0f} |"
         )

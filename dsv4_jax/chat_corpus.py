@@ -63,19 +63,30 @@ def read_chats(source: str, *, thinking: str, held_out_fraction: float) -> ChatC
 
 
 def held_out_examples(corpus: ChatCorpus, limit: int) -> list[Example]:
-    """Return held-out examples whose answers have up to `limit` bytes of UTF-8; at least one."""
+    """Return held-out examples whose answers have up to `limit` bytes of UTF-8; at least one.
+
+    Raises:
+      InputError: the answers are all empty.
+    """
     kept, left = [], limit
     for example in (example for chat in corpus.held_out for example in chat.examples):
         left -= len(answers_of(example).encode())
         if left < 0 and kept:
             break
         kept.append(example)
+    if not any(map(answers_of, kept)):
+        raise InputError(
+            "data.source: expected text in the answers that are held out, got none; add chats"
+        )
     return kept
 
 
 def answers_of(example: Example) -> str:
-    """Return the text of what is learned, control tokens by their names."""
-    return "".join(text for part in example if part.learned for text, _ in part.segments)
+    """Return the text of what is learned, control tokens left out."""
+    return "".join(
+        text for part in example if part.learned
+        for text, is_control in part.segments if not is_control
+    )
 
 
 def _examples(record: object, place: str, thinking: str) -> list[Example]:

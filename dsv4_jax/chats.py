@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from dsv4_jax.encoding import Segment, Turn, render_turns
+from dsv4_jax.encoding import Segment, render_messages
 from dsv4_jax.encoding_texts import THINKING
 from dsv4_jax.errors import InputError, shown
+from dsv4_jax.messages import read_messages
 
 _LONGEST_CODE, _LONGEST_ANSWER = 600, 240  # characters in chats about functions
 
@@ -29,18 +30,19 @@ Example = list[Part]
 def read_examples(record: Mapping, thinking: str) -> list[Example]:
     """Return what is to be learned from a chat.
 
-    Learned is what the assistant writes: reasoning, answer, tool calls, and EOS. The model sees
-    before it just the prompt that it would be asked with. Where V4's format leaves the reasoning of
-    earlier turns out, each turn is so an example of its own, otherwise the chat is one example.
-    What follows the last answer is not used.
+    Learned is what the assistant writes: reasoning, answer, tool calls, and EOS. Before it comes
+    just the prompt that the model would be asked with. An answer whose prompt goes on from the
+    answer before is part of the same example. Where V4's format leaves the reasoning of earlier
+    turns out, each turn is so an example of its own. What follows the last answer is not used.
 
     Args:
-      record: has `messages` in OpenAI's form, with DeepSeek's additional roles and fields; it may
-        have `tools`, which become the system's, and `thinking`.
+      record: has `messages` in OpenAI's form, with DeepSeek's additional roles and fields; an
+        assistant's of `weight` 0 is only read. It may have `tools`, which become the system's, and
+        `thinking`.
       thinking: how the model thinks before an answer, "off", "high" or "max", where the record
         does not say.
     Raises:
-      InputError: a message is of no use, or none is the assistant's.
+      InputError: a message is of no use, or there is no answer to learn.
     """
     messages = _messages(record)
     thinking = record.get("thinking", thinking)
@@ -49,32 +51,48 @@ def read_examples(record: Mapping, thinking: str) -> list[Example]:
             f"thinking: expected one of {', '.join(THINKING)}, got {shown(thinking)}; correct it "
             "or leave it out"
         )
-    roles = [m.get("role") if isinstance(m, Mapping) else None for m in messages]
-    answers = [index for index, role in enumerate(roles) if role == "assistant"]
-    if not answers:
+    mode, effort = THINKING[thinking]
+    examples, seen = [], None
+    for index in filter(lambda index: _is_learned(messages[index]), range(len(messages))):
+        before = messages[:index]
+        prompt = render_messages(before, thinking_mode=mode, reasoning_effort=effort)
+        answer = render_messages(
+            messages[index : index + 1], thinking_mode=mode, context=before, add_bos=False
+        )
+        if not answer:
+            continue
+        goes_on = seen is not None and prompt[: len(seen)] == seen
+        if not goes_on:
+            examples.append([])
+        new = prompt[len(seen) :] if goes_on else prompt
+        examples[-1] += [Part(new, False)] * bool(new) + [Part(answer, True)]
+        seen = prompt + answer
+    if not examples:
         raise InputError(
             "messages: expected one with the role assistant, whose answer is learned, got none; "
             "take the line out"
         )
-    whole = _turns(messages[: answers[-1] + 1], thinking)
-    if sum(turn.is_answer for turn in whole) == len(answers):
-        return [_example(whole)]
-    ends = [index for index in answers if roles[index + 1 : index + 2] != ["assistant"]]
-    return [_example(_turns(messages[: index + 1], thinking)) for index in ends]
+    return examples
 
 
-def _messages(record: Mapping) -> list:
+def _messages(record: Mapping) -> list[Mapping]:
+    """Check the messages of a record, and give them its tools."""
     messages, tools = record.get("messages"), record.get("tools")
     if not isinstance(messages, list):
         found = "nothing" if messages is None else shown(messages)
         raise InputError(f"messages: expected a list, got {found}; put the chat's messages there")
+    read_messages(messages, "messages")
+    for index, message in enumerate(messages):
+        if message.get("weight") not in (None, 0, 1):
+            raise InputError(
+                f"messages[{index}].weight: expected 0 or 1, got {shown(message['weight'])}; "
+                "correct it or leave it out"
+            )
     if not tools:
         return messages
-    if not isinstance(tools, list):
-        raise InputError(f"tools: expected a list, got {shown(tools)}; put the functions there")
-    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    first = messages[0] if messages else {}
     if first.get("role") != "system":
-        return [{"role": "system", "tools": tools}, *messages]
+        first, messages = {"role": "system"}, [{}, *messages]
     if first.get("tools"):
         raise InputError(
             "tools: expected them once, got some in messages[0], too; take one of them out"
@@ -82,13 +100,8 @@ def _messages(record: Mapping) -> list:
     return [{**first, "tools": tools}, *messages[1:]]
 
 
-def _turns(messages: list, thinking: str) -> list[Turn]:
-    mode, effort = THINKING[thinking]
-    return render_turns(messages, thinking_mode=mode, reasoning_effort=effort)
-
-
-def _example(turns: list[Turn]) -> Example:
-    return [Part(turn.segments, turn.is_answer) for turn in turns if turn.segments]
+def _is_learned(message: Mapping) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def function_chats(source: str) -> Iterator[dict]:
@@ -102,7 +115,7 @@ def function_chats(source: str) -> Iterator[dict]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return
-    lines = source.splitlines()
+    lines = re.split(r"\r\n|\r|\n", source)  # as Python counts them
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
             answer = " ".join(re.split(r"\n\s*\n", text.strip())[0].split())

@@ -29,6 +29,7 @@ from dsv4_jax.errors import InputError
 from dsv4_jax.files import check_writable
 from dsv4_jax.manifest import check_manifest, write_manifest
 from dsv4_jax.params import path_name
+from dsv4_jax.run_config import defaults
 from dsv4_jax.terminal import say
 
 # What a run may not change when it continues: these shape the state or the order of the data.
@@ -312,6 +313,12 @@ def _described(leaf: dict | None) -> str:
     return "nothing" if leaf is None else f"{leaf['dtype']}{leaf['shape']}"
 
 
+def committed_steps(workdir: Path) -> set[int]:
+    """Return the steps of the checkpoints in a workdir, of which some may be damaged."""
+    folder = workdir / CHECKPOINTS
+    return _steps(folder) if folder.is_dir() else set()
+
+
 def _steps(folder: Path) -> set[int]:
     return {int(path.name) for path in folder.iterdir() if path.name.isdecimal()}
 
@@ -378,8 +385,11 @@ def explained(failure: str, remedy: str) -> Iterator[None]:
 
 
 def check_same_run(saved: dict, config: dict, where: str) -> None:
-    """Raise an InputError that names the first fixed key in which two configs differ."""
-    flat_saved, flat_config = _flatten(saved), _flatten(config)
+    """Raise an InputError that names the first fixed key in which two configs differ.
+
+    What was saved before there was a key has its default.
+    """
+    flat_saved, flat_config = _flatten(defaults()) | _flatten(saved), _flatten(config)
     for key in sorted(flat_saved | flat_config):
         if not any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_KEYS):
             continue

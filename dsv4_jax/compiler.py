@@ -56,7 +56,8 @@ def check_deterministic(program: str) -> None:
       InputError: something is scattered to places that are not told apart.
     """
     found = sum(
-        "unique_indices=true" not in line for line in program.splitlines() if _SCATTER.search(line)
+        "unique_indices=true" not in line
+        for line in re.sub(r"/\*.*?\*/", "", program).splitlines() if _SCATTER.search(line)
     )
     if found:
         raise InputError(

@@ -4,10 +4,11 @@ Every batch is a dict of int32 arrays `[rows, seq_len]`: `tokens`, `segment_ids`
 then 1, 2, ... for the pieces of a row), `positions` (from 0 in every piece) and, of chats alone,
 `loss_mask` (1 where a token is learned, 0 where it is only read).
 
-A document is BOS, its text, EOS; of chats, an example. It is cut into pieces of `seq_len` tokens,
-each of which starts with the last token of the piece before, so that every token but BOS is
-predicted exactly once: the first token of a piece is context only. A piece is a document of its own
-for the model, as nothing before it is in the row.
+A document is BOS, its text, EOS. It is cut into pieces of `seq_len` tokens, each of which starts
+with the last token of the piece before, so that every token but BOS is predicted exactly once: the
+first token of a piece is context only. A piece is a document of its own for the model, as nothing
+before it is in the row. An example of a chat is a document, too, but is trained on whole or not at
+all: an answer without its prompt teaches nothing of use.
 """
 
 from __future__ import annotations
@@ -32,17 +33,15 @@ Batch = dict[str, np.ndarray]
 _ROWS_PACKED_AT_ONCE = 64
 
 
+_ALL = slice(None)
+
+
 class Pieces:
-    """Documents cut to 2 to `seq_len` tokens, as a random-access source of grain.
+    """Documents cut to 2 to `seq_len` tokens, as a random-access source of grain."""
 
-    Args:
-      chosen: numbers of the documents to cut; None: all.
-    """
-
-    def __init__(self, documents: Documents, seq_len: int, chosen: np.ndarray | None = None):
-        begins, ends = documents.starts[:-1], documents.starts[1:]
-        if chosen is not None:
-            begins, ends = begins[chosen], ends[chosen]
+    def __init__(self, documents: Documents, seq_len: int, chosen: np.ndarray | slice = _ALL):
+        """Cut the documents of these numbers."""
+        begins, ends = documents.starts[:-1][chosen], documents.starts[1:][chosen]
         counts = -(-(ends - begins - 1) // (seq_len - 1))
         document = np.repeat(np.arange(len(begins)), counts)
         place = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -58,6 +57,16 @@ class Pieces:
         return {name: array[part] for name, array in self._arrays.items()}
 
 
+def fitting(documents: Documents, seq_len: int) -> np.ndarray:
+    """Say of each document whether it is trained on in rows of `seq_len` tokens.
+
+    Of text all are, as they may be cut; of chats those that fit into a row.
+    """
+    if documents.loss_mask is None:
+        return np.ones(len(documents), bool)
+    return np.diff(documents.starts) <= seq_len
+
+
 class DocumentOrder:
     """The endless order in which a run takes its documents: all of them in every epoch, shuffled.
 
@@ -65,26 +74,30 @@ class DocumentOrder:
     """
 
     def __init__(self, documents: Documents, seed: int):
-        self._lengths, self._seed = np.diff(documents.starts), seed
+        self._count, self._seed = len(documents), seed
         self._lasting = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:
         """Return the documents of one epoch."""
-        return len(self._lengths)
+        return self._count
 
     def epoch(self, number: int) -> np.ndarray:
         """Return the numbers of the documents in the order of one epoch."""
         return self._lasting(number)
 
-    def after(self, place: int, tokens: int) -> int:
-        """Return the first place by which at least so many tokens were read from another one."""
+    def after(self, place: int, tokens: int, lengths: np.ndarray) -> int:
+        """Return the first place by which at least so many tokens were read from another one.
+
+        Args:
+          lengths: tokens that are read of each document.
+        """
         count = len(self)
         number, offset = divmod(place, count)
-        read = np.cumsum(self._lengths[self.epoch(number)])
+        read = np.cumsum(lengths[self.epoch(number)])
         tokens += int(read[offset - 1]) if offset else 0
         full, rest = divmod(tokens, int(read[-1]))
         if full:
-            read = np.cumsum(self._lengths[self.epoch(number + full)])
+            read = np.cumsum(lengths[self.epoch(number + full)])
         return (number + full) * count + int(np.searchsorted(read, rest, side="left") + (rest > 0))
 
     def _shuffled(self, number: int) -> np.ndarray:
@@ -110,7 +123,7 @@ class StageText:
         self._lasting = functools.lru_cache(maxsize=2)(self._part)
         self._epoch = first // len(order)
         self._before = len(self._lasting(self._epoch)[0])
-        self._in_epoch = len(Pieces(documents, seq_len))
+        self._in_epoch = len(Pieces(documents, seq_len, fitting(documents, seq_len)))
 
     def __len__(self) -> int:
         if self._stop is None:
@@ -138,7 +151,8 @@ class StageText:
         begin = epoch * len(self._order)
         stop = None if self._stop is None else max(self._stop - begin, 0)
         chosen = self._order.epoch(epoch)[max(self._first - begin, 0) : stop]
-        return Pieces(self._documents, self._seq_len, chosen)
+        fits = fitting(self._documents, self._seq_len)[chosen]
+        return Pieces(self._documents, self._seq_len, chosen[fits])
 
 
 class TrainIterator:
@@ -234,16 +248,23 @@ def make_train_iterator(
     Args:
       shard_index: of this host, below `shard_count`.
     Raises:
-      InputError: the hosts do not divide the rows of a stage.
+      InputError: the hosts do not divide the rows of a stage, or no chat fits into one of them.
     """
-    order = DocumentOrder(corpus.train, config.seed)
+    order, sizes = DocumentOrder(corpus.train, config.seed), np.diff(corpus.train.starts)
     firsts = [0]
-    for stage in stages[:-1]:
-        firsts.append(order.after(firsts[-1], stage.steps * stage.batch_tokens))
+    for index, stage in enumerate(stages):
+        fits = fitting(corpus.train, stage.seq_len)
+        if not fits.any():
+            raise InputError(
+                f"stages.{stage_name(index)}.seq_len: expected at least {sizes.min()}, the tokens "
+                f"of the shortest chat, got {stage.seq_len}; raise it"
+            )
+        firsts.append(order.after(firsts[-1], stage.steps * stage.batch_tokens, sizes * fits))
     shards = [_rows_of_shard(stage.rows, shard_index, shard_count) for stage in stages]
 
     def open_stage(index: int) -> _StageBatches:
-        stage, first, stop = stages[index], firsts[index], [*firsts, None][index + 1]
+        last = index == len(stages) - 1
+        stage, first, stop = stages[index], firsts[index], None if last else firsts[index + 1]
         text = StageText(
             corpus.train, order, first, stop, seq_len=stage.seq_len, seed=config.seed
         )
@@ -261,7 +282,7 @@ def make_train_iterator(
     identity = {
         # First: another tokenizer makes other tokens, too.
         "data.tokenizer (SHA-256 of its specification)": hashlib.sha256(specification).hexdigest(),
-        "data.source (SHA-256 of its tokens)": hashlib.sha256(corpus.train.tokens).hexdigest(),
+        "data.source (SHA-256 of its tokens)": _hash(corpus.train),
         "data.seed": config.seed,
     }
     return TrainIterator(stages, open_stage, identity)
@@ -326,6 +347,13 @@ def _name_arrays(row: Batch) -> Batch:
         "positions": row["tokens_positions"],
     }
     return named | ({LOSS_MASK: row[LOSS_MASK]} if LOSS_MASK in row else {})
+
+
+def _hash(documents: Documents) -> str:
+    found = hashlib.sha256()
+    for array in documents.arrays.values():
+        found.update(array)
+    return found.hexdigest()
 
 
 def _rows_of_shard(rows: int, index: int, count: int) -> slice:

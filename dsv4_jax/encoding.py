@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from dsv4_jax.completion import parse_completion
 from dsv4_jax.encoding_texts import (
@@ -30,22 +29,13 @@ from dsv4_jax.encoding_texts import (
 from dsv4_jax.errors import InputError, shown
 from dsv4_jax.messages import Message, ToolCall, ToolResult, is_thinking, read_messages
 
-__all__ = [
-    "Segment", "Turn", "encode_messages", "parse_completion", "render_messages", "render_turns",
-]
+__all__ = ["Segment", "encode_messages", "parse_completion", "render_messages"]
 
 # A piece of a prompt, and whether it is a control token of the format: all else is literal text.
 Segment = tuple[str, bool]
 
 _EFFORTS = (None, "high", "max")
 _CONTROL = re.compile(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})")
-
-
-class Turn(NamedTuple):
-    """What a message became in a prompt."""
-
-    segments: list[Segment]
-    is_answer: bool  # as the assistant writes it: nothing that it thought was left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,32 +82,6 @@ def render_messages(
 ) -> list[Segment]:
     """Return the prompt of a chat in segments: control tokens, and literal text.
 
-    Arguments and errors are those of render_turns.
-    """
-    turns = render_turns(
-        messages,
-        thinking_mode=thinking_mode,
-        context=context,
-        drop_thinking=drop_thinking,
-        add_bos=add_bos,
-        reasoning_effort=reasoning_effort,
-    )
-    return [segment for turn in turns for segment in turn.segments]
-
-
-def render_turns(
-    messages: Sequence[Mapping],
-    *,
-    thinking_mode: str,
-    context: Sequence[Mapping] | None = None,
-    drop_thinking: bool = True,
-    add_bos: bool = True,
-    reasoning_effort: str | None = None,
-) -> list[Turn]:
-    """Return the prompt of a chat message by message; what begins it all is a turn of its own.
-
-    What makes the model answer belongs to the message before the answer.
-
     Args:
       messages: in OpenAI's form, with DeepSeek's additional roles and fields.
       thinking_mode: `chat` or `thinking`.
@@ -144,11 +108,13 @@ def render_turns(
         # it, so that it hides one message of those to render.
         earlier, every = _without_old_developers(earlier), _without_old_developers(every)
     chat = _Chat(_with_sorted_results(every), thinking, dropping, _last_user(every))
-    begin = [(BOS, True)] if add_bos and not earlier else []
-    if every and not earlier and thinking and reasoning_effort == "max":
-        begin += _fixed(MAX_EFFORT)
-    turns = [Turn(begin, False)] + [_turn(chat, i) for i in range(len(earlier), len(every))]
-    return [turn._replace(segments=[s for s in turn.segments if s[0]]) for turn in turns]
+    segments = [(BOS, True)] if add_bos and not earlier else []
+    for index in range(len(earlier), len(every)):
+        if index == 0 and thinking and reasoning_effort == "max":
+            segments += _fixed(MAX_EFFORT)
+        segments += _message(chat, index)
+        segments += _transition(chat, index)
+    return [segment for segment in segments if segment[0]]
 
 
 def _joined(messages: Sequence[Message]) -> list[Message]:
@@ -195,16 +161,6 @@ def _without_old_developers(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def _turn(chat: _Chat, index: int) -> Turn:
-    is_answer = chat.messages[index].role == "assistant" and not _drops(chat, index)
-    return Turn([*_message(chat, index), *_transition(chat, index)], is_answer)
-
-
-def _drops(chat: _Chat, index: int) -> bool:
-    """Say whether what the assistant thought here is left out."""
-    return chat.thinking and chat.dropping and index <= chat.last_user
-
-
 def _message(chat: _Chat, index: int) -> Iterator[Segment]:
     message = chat.messages[index]
     if message.role in ("user", "developer"):
@@ -245,7 +201,7 @@ def _demands(message: Message) -> Iterator[Segment]:
 def _assistant(chat: _Chat, index: int) -> Iterator[Segment]:
     message = chat.messages[index]
     answers_task = index > 0 and chat.messages[index - 1].task is not None
-    if chat.thinking and not answers_task and not _drops(chat, index):
+    if chat.thinking and not answers_task and (not chat.dropping or index > chat.last_user):
         yield message.reasoning, False
         yield END_THINK, True
     yield message.content, False

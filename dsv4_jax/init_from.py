@@ -3,44 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from dsv4_jax.checkpoint import committed_steps
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.load import load_pretrained
+from dsv4_jax.convert.opening import CONFIG, LARGEST_CONFIG, open_checkpoint
 from dsv4_jax.convert.table import weights_of
+from dsv4_jax.convert.untrusted import read_json
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.served_model import ModelFolder
+from dsv4_jax.served_model import ModelFolder, check_model
 from dsv4_jax.terminal import say
 from dsv4_jax.tokenizer import TOKENIZER_FILE
 
 
-def adopt_model(folder: ModelFolder, config: RunConfig, workdir: Path) -> None:
-    """Check that a run trains a model of these weights; give the workdir its tokenizer.
+def model_of(
+    folder: str | Path, workdir: str | Path, config: ConfigDict | Mapping
+) -> ModelConfig:
+    """Return the model for what a run's config leaves open.
 
-    What the run's config changes of the model is told. A tokenizer that the config names, or that
-    the workdir has, stays.
+    It is that of the folder, without a prediction block if the config sets
+    `num_nextn_predict_layers` to 0. A run that has a checkpoint has a model of its own, and needs
+    the folder no more.
 
     Raises:
-      InputError: the parameters of the two do not have the same names and shapes.
+      InputError: the folder is no checkpoint.
     """
-    changes = _changes(folder.config, config.model)
-    held, wanted = _shapes(folder.config), _shapes(config.model)
+    if committed_steps(Path(workdir)):
+        return RunConfig.from_config_dict(read_json(Path(workdir), CONFIG, LARGEST_CONFIG)).model
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"--init_from: expected the folder of a model, got {str(folder)!r}, which is no "
+            "folder; check the path"
+        )
+    section = config.get("model")
+    given = section if isinstance(section, (ConfigDict, Mapping)) else {}
+    skip_mtp = given.get("num_nextn_predict_layers") == 0
+    return open_checkpoint(Path(folder), skip_mtp=skip_mtp).source.config
+
+
+def adopt_model(folder: str | Path, config: RunConfig, workdir: Path) -> ModelFolder:
+    """Check that a run trains a model of the folder's weights; give the workdir its tokenizer.
+
+    What the run's config changes of the model is told. A tokenizer that the config names is used
+    instead; one that an earlier try left in the workdir is replaced.
+
+    Raises:
+      InputError: the folder is no checkpoint, or its parameters and those of the run do not have
+        the same names and shapes.
+    """
+    skip_mtp = config.model.num_nextn_predict_layers == 0
+    found = check_model(folder, config.data.tokenizer, skip_mtp=skip_mtp)
+    changes = _changes(found.config, config.model)
+    held, wanted = _shapes(found.config), _shapes(config.model)
     for path in sorted(held.keys() | wanted.keys()):
         if held.get(path) != wanted.get(path):
             raise InputError(
-                f"{path}: expected {_shape(held.get(path))}, as in {folder.path}, got "
+                f"{path}: expected {_shape(held.get(path))}, as in {folder}, got "
                 f"{_shape(wanted.get(path))} by the config; take back {' or '.join(changes)}"
             )
     for change in changes:
-        say(f"{change}, unlike {folder.path}")
-    kept = workdir / TOKENIZER_FILE
-    if config.data.tokenizer is None and not kept.exists():
-        write_atomically(kept, folder.tokenizer.specification.encode())
+        say(f"{change}, unlike {folder}")
+    if config.data.tokenizer is None:
+        write_atomically(workdir / TOKENIZER_FILE, found.tokenizer.specification.encode())
+    return found
 
 
 def load_weights(folder: ModelFolder, mesh: Mesh | None) -> dict:

@@ -31,7 +31,7 @@ class Run:
     started: float  # when, by time.time()
     profile_steps: tuple[int, int] | None
     wandb_project: str | None
-    init_from: ModelFolder | None
+    origin: ModelFolder | None  # with whose weights it starts
 
     @functools.cached_property
     def baselines(self) -> dict[str, float]:

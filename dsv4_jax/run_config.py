@@ -24,7 +24,7 @@ from dsv4_jax.encoding_texts import THINKING
 from dsv4_jax.errors import InputError
 
 LARGEST = 2**31 - 1  # of sizes and counts, which are int32 in compiled programs
-TEXT, CHAT = DATA_FORMATS = ("text", "chat")
+CHAT = "chat"  # of the formats of data
 DENSE, INDEXER, SPARSE = ATTENTION_MODES = ("dense", "indexer", "sparse")
 
 
@@ -47,7 +47,7 @@ class DataConfig:
 
     def __post_init__(self):
         check_field_types(self)
-        check_choice("DataConfig.format", self.format, DATA_FORMATS)
+        check_choice("DataConfig.format", self.format, ("text", CHAT))
         check_choice("DataConfig.thinking", self.thinking, tuple(THINKING))
         _check_rules(
             self,
@@ -351,6 +351,15 @@ _SECTIONS = {
 STAGES = "stages"
 # What a config does not set of the runtime: its mesh is made of `MeshConfig`, the rest by stages.
 _DERIVED = ("mesh", "csa", "index_learns")
+
+
+def defaults() -> dict[str, dict]:
+    """Return the sections with the keys that have a default, as JSON types."""
+    return {
+        name: {key: _jsonable(field.default) for key, field in _fields(kind).items()
+               if field.default is not dataclasses.MISSING}
+        for name, kind in _SECTIONS.items()
+    }
 
 
 def stage_name(index: int) -> str:

@@ -136,7 +136,8 @@ class Tokenizer:
         if found is None:
             raise InputError(
                 f"the tokenizer: expected DeepSeek-V4's control token {token!r}, but it has none, "
-                "so it is not V4's; use the tokenizer.json of a V4 model"
+                "so it is not V4's; use the tokenizer.json of a V4 model, or one that a run has "
+                "trained"
             )
         return found
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from dsv4_jax.checkpoint import Checkpoints
-from dsv4_jax.data import TrainIterator, make_train_iterator
+from dsv4_jax.data import TrainIterator, fitting, make_train_iterator
 from dsv4_jax.feed import Experts, Feed
 from dsv4_jax.files import check_writable, closing, write_atomically
 from dsv4_jax.held_out import HeldOut, has_score
@@ -24,7 +24,6 @@ from dsv4_jax.programs import Programs, routing_of
 from dsv4_jax.run import Run, announce_model, corpus_of, mesh_of
 from dsv4_jax.run_config import RunConfig, StageConfig, stage_name
 from dsv4_jax.sample import sample_prompt, write_sample
-from dsv4_jax.served_model import ModelFolder
 from dsv4_jax.sharding import batch_sharding
 from dsv4_jax.skips import SkipWatch
 from dsv4_jax.spikes import Spike, SpikeGuard
@@ -52,7 +51,7 @@ class _Tools:
 
 def train(
     config: RunConfig, workdir: str | Path, *, profile_steps: tuple[int, int] | None = None,
-    wandb_project: str | None = None, init_from: ModelFolder | None = None,
+    wandb_project: str | None = None, init_from: str | Path | None = None,
 ) -> TrainState:
     """Train to the end of the run, going on from the newest undamaged checkpoint of the workdir.
 
@@ -64,8 +63,8 @@ def train(
     Args:
       profile_steps: the first and the last step of which a trace is written to `profile/`.
       wandb_project: of Weights & Biases, where the metrics go, too.
-      init_from: the model whose weights and tokenizer a run without a checkpoint starts with, as
-        `served_model.check_model` returns it; None: weights are drawn.
+      init_from: the folder of a model, whose weights and tokenizer a run without a checkpoint
+        starts with; None: weights are drawn.
     Raises:
       InputError: the config, the data, the workdir or its checkpoint cannot be used; too many
         batches in a row had a loss or gradient that is not finite, or too many loss spikes
@@ -82,10 +81,11 @@ def train(
         patience=config.train.checkpoint_patience,
     )
     with closing(checkpoints):
-        if init_from is not None:
-            adopt_model(init_from, config, workdir)
+        origin = None
+        if init_from is not None and checkpoints.latest_step is None:
+            origin = adopt_model(init_from, config, workdir)
         corpus = corpus_of(config, workdir)
-        run = Run(config, workdir, mesh, corpus, started, profile_steps, wandb_project, init_from)
+        run = Run(config, workdir, mesh, corpus, started, profile_steps, wandb_project, origin)
         with StopRequest() as stop:
             state = _train(run, checkpoints, stop)
     if stop:
@@ -137,8 +137,8 @@ def _first_state(
     step = checkpoints.latest_step
     if step is None:
         params = None
-        if run.init_from is not None:
-            params = load_weights(run.init_from, run.mesh)
+        if run.origin is not None:
+            params = load_weights(run.origin, run.mesh)
         with timed("drawing the initial weights" if params is None else "making the state"):
             return 0, jax.block_until_ready(init_state(run.config, run.mesh, params)), {}
     state, place = checkpoints.restore(abstract_state(run.config, run.mesh))
@@ -169,7 +169,7 @@ def _run_stage(
     config, plan, pace, guard = run.config, run.config.train, tools.pace, tools.guard
     index = config.stage_at(first + 1)
     stage, last = config.stages[index], config.stage_ends[index]
-    _announce_stage(config, first + 1)
+    _announce_stage(run, first + 1)
     evaluation = HeldOut(run, stage, tools.log, tools.stop)
     guard.begin_stage(index)
     feed = Feed(
@@ -260,13 +260,17 @@ def _state_of_before(run: Run, tools: _Tools, spike: Spike, step: int) -> TrainS
     return state._replace(step=seen, skips=Skips(total, in_row))
 
 
-def _announce_stage(config: RunConfig, step: int) -> None:
+def _announce_stage(run: Run, step: int) -> None:
+    config = run.config
     index = config.stage_at(step)
     stage = config.stages[index]
     say(
         f"{stage_name(index)} of {len(config.stages)}: steps {step} to {config.stage_ends[index]}, "
         f"{stage.rows} rows of {stage.seq_len} tokens, attention {stage.attention}"
     )
+    fits = fitting(run.corpus.train, stage.seq_len)
+    if not fits.all():
+        say(f"{(~fits).sum():,} of {len(fits):,} chats are longer than a row and left out")
 
 
 # Of a step's metrics, those that its line shows, where there are.

@@ -20,9 +20,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsv4_jax import cli
+from dsv4_jax.init_from import model_of
 from dsv4_jax.profile import parse_steps
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.served_model import ModelFolder, check_model
 from dsv4_jax.train import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
@@ -39,25 +39,18 @@ PROFILE = flags.DEFINE_string("profile_steps", None, "steps to trace, as FIRST:L
 
 def main() -> None:
     cli.require(CONFIG, WORKDIR)
-    origin = _origin()
-    config = RunConfig.from_config_dict(CONFIG.value, None if origin is None else origin.config)
+    model, init_from = None, INIT_FROM.value
+    if init_from is not None:
+        model = model_of(init_from, WORKDIR.value, CONFIG.value)
+    config = RunConfig.from_config_dict(CONFIG.value, model)
     profile_steps = parse_steps(PROFILE.value, "--profile_steps")
     if jax.config.jax_compilation_cache_dir is None:
         # A run that goes on need not compile again.
         jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value, "compiled")))
     train(
         config, WORKDIR.value, profile_steps=profile_steps, wandb_project=WANDB.value,
-        init_from=origin,
+        init_from=init_from,
     )
-
-
-def _origin() -> ModelFolder | None:
-    """Return the model to start from; without a prediction block if the config wants none."""
-    if INIT_FROM.value is None:
-        return None
-    model, data = CONFIG.value.get("model", {}), CONFIG.value.get("data", {})
-    skip_mtp = model.get("num_nextn_predict_layers") == 0
-    return check_model(INIT_FROM.value, data.get("tokenizer"), skip_mtp=skip_mtp)
 
 
 if __name__ == "__main__":

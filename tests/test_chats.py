@@ -9,13 +9,13 @@ import warnings
 import numpy as np
 import pytest
 
-from dsv4_jax import InputError
+from dsv4_jax import InputError, tokenized
 from dsv4_jax.chat import chat_prompt
 from dsv4_jax.chat_corpus import answers_of, held_out_examples, read_chats
 from dsv4_jax.chats import Example, function_chats, read_examples
 from dsv4_jax.completion import parse_completion
 from dsv4_jax.corpus import read_stdlib
-from dsv4_jax.data import held_out_batches, make_train_iterator
+from dsv4_jax.data import fitting, held_out_batches, make_train_iterator
 from dsv4_jax.encoding_texts import EOS, THINKING
 from dsv4_jax.run_config import DataConfig, StageConfig
 from dsv4_jax.tokenized import TOKENS_FILE, prepare_corpus
@@ -51,6 +51,17 @@ CHATS = {
     "undeclared tools": {"messages": TOOLS},
     "task": {"messages": [{**user("Q"), "task": "title"}, answer("T")]},
     "trailing question": {"messages": [*TWO, user("Q3")]},
+    "reminder": {"messages": [
+        TWO[0], TWO[1], {"role": "latest_reminder", "content": "L"}, TWO[3], user("Q3"),
+        answer("A3", reasoning_content="R3"),
+    ]},
+    "late tools": {"messages": [
+        *TWO, {"role": "system", "content": "S", "tools": [TOOL]}, user("Q3"),
+        answer("A3", reasoning_content="R3"),
+    ]},
+    "developer": {"messages": [{"role": "developer", "content": "D"}, *TWO]},
+    "assistant first": {"messages": [answer("A0", reasoning_content="R0"), *TWO]},
+    "unfinished": {"messages": [TWO[0], answer("A1", reasoning_content="R1", wo_eos=True)]},
 }
 
 
@@ -90,6 +101,9 @@ def test_each_answer_is_learned_once_behind_its_own_prompt(name, thinking):
                 EOS.encode() if i == TOKENIZER.eos_id else TOKENIZER.bytes_of(i)
                 for i in ids[begin:end].tolist()
             ).decode()
+            if messages[index].get("wo_eos"):
+                assert EOS not in text
+                text += EOS
             if messages[index - 1].get("task"):
                 assert text == f"{messages[index]['content']}{EOS}"
                 continue
@@ -102,6 +116,22 @@ def test_each_answer_is_learned_once_behind_its_own_prompt(name, thinking):
                 call["function"] for call in calls
             ]
     assert found == answers
+
+
+def test_answers_of_no_weight_are_read_alone():
+    messages = [TWO[0], {**TWO[1], "weight": 0}, TWO[2], {**TWO[3], "weight": 1}]
+    (example,) = read_examples({"messages": messages}, "off")
+    assert answers_of(example) == "A2"
+    assert ids_of(example).tolist() == ids_of(read_examples({"messages": TWO}, "off")[0]).tolist()
+
+
+def test_turns_are_one_example_where_nothing_is_left_out():
+    """One example has both answers; with reasoning that is left out of the second's prompt, two."""
+    for thinking, name, examples in (
+        ("off", "two", 1), ("high", "two", 2), ("high", "tools", 1), ("high", "late tools", 3),
+        ("off", "late tools", 1), ("high", "reminder", 2),
+    ):
+        assert len(read_examples(CHATS[name], thinking)) == examples, (thinking, name)
 
 
 def test_a_record_says_how_its_assistant_thinks():
@@ -126,6 +156,11 @@ def test_a_record_says_how_its_assistant_thinks():
     ('{"messages": [{"role": "assistant", "content": "x"}], "tools": 3}', "tools: expected a list"),
     ('{"messages": [{"role": "system", "tools": [{"function": {}}]}, {"role": "assistant"}], '
      '"tools": [{"function": {}}]}', r"tools: expected them once, got some in messages\[0\]"),
+    ('{"messages": [{"role": "bot"}, {"role": "assistant"}], "tools": [{"function": {}}]}',
+     r"messages\[0\].role: expected"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}', "expected one with the"),
+    ('{"messages": [{"role": "assistant", "content": "", "wo_eos": true}]}', "expected one with"),
+    ('{"messages": [{"role": "assistant", "weight": "x"}]}', r"messages\[0\].weight: expected 0"),
 ])
 def test_bad_lines_are_named(line, expected, tmp_path):
     path = tmp_path / "chats.jsonl"
@@ -163,13 +198,13 @@ def add(a, b):
     """
     return a + b
 
+\f
 class C:
     def silent(self):
         return 1
 
     def method(self):
-        "Say   what
-is meant." if 0 else "Do it."
+        "Do it."
     def one(self): "Do one."
 
     def two(self):
@@ -177,7 +212,7 @@ is meant." if 0 else "Do it."
         two."""
         if self:
             return 2
-'''.replace('"Say   what\nis meant." if 0 else "Do it."', '"Do it."')
+'''
     found = {chat["messages"][1]["content"]: chat["messages"][0]["content"]
              for chat in function_chats(source)}
     assert found == {
@@ -215,18 +250,18 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("thinking", ["off", "high"])
 def test_batches_carry_what_is_learned(source, thinking, tmp_path):
-    """Over an epoch: the examples, whole, each token learned or not as the example says."""
+    """Over some epochs: the examples, whole, each token learned or not as the example says."""
     config = DataConfig(
         source=str(source), format="chat", thinking=thinking, held_out_fraction=0.1
     )
     corpus = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
     chats = read_chats(str(source), thinking=thinking, held_out_fraction=0.1)
     examples = [example for chat in chats.train for example in chat.examples]
-    wanted = [
-        (corpus.tokenizer.encode_segments(s for part in example for s in part.segments).tolist(),
-         sum(len(corpus.tokenizer.encode_segments(p.segments)) for p in example if p.learned))
-        for example in examples
-    ]
+    wanted = []
+    for example in examples:
+        parts = [corpus.tokenizer.encode_segments(part.segments) for part in example]
+        mask = [int(p.learned) for p, ids in zip(example, parts, strict=True) for _ in ids]
+        wanted.append((np.concatenate(parts).tolist(), mask))
     stage = StageConfig(tokens=1, seq_len=512, batch_tokens=1024)
     found = []
     batches = make_train_iterator(corpus, config, [stage])
@@ -238,12 +273,13 @@ def test_batches_carry_what_is_learned(source, thinking, tmp_path):
             segments = batch["segment_ids"][row]
             for segment in range(1, segments.max() + 1):
                 of = segments == segment
-                learned = int(batch["loss_mask"][row][of].sum())
-                found.append((batch["tokens"][row][of].tolist(), learned))
+                mask = batch["loss_mask"][row][of].tolist()
+                found.append((batch["tokens"][row][of].tolist(), mask))
     assert set(map(str, found)) == set(map(str, wanted))
     held_out = held_out_batches(corpus, config, seq_len=512, rows=2)
     kept = held_out_examples(chats, config.held_out_bytes)
-    assert corpus.held_out_text.decode() == "".join(map(answers_of, kept))
+    scored = corpus.held_out_text.decode()
+    assert scored == "".join(map(answers_of, kept)) and EOS not in scored
     assert sum(batch["loss_mask"].sum() for batch in held_out) == sum(
         len(corpus.tokenizer.encode_segments(part.segments))
         for example in kept for part in example if part.learned
@@ -252,9 +288,10 @@ def test_batches_carry_what_is_learned(source, thinking, tmp_path):
 
 def test_the_encoded_chats_are_kept(source, tmp_path):
     config = DataConfig(source=str(source), format="chat", held_out_fraction=0.1)
-    corpus, again = (
-        prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path) for _ in range(2)
-    )
+    corpus = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenized, "_encode_chats", None)
+        again = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
     for name in corpus.train.arrays:
         np.testing.assert_array_equal(again.train.arrays[name], corpus.train.arrays[name])
     assert again.train.starts.tolist() == corpus.train.starts.tolist()
@@ -274,3 +311,37 @@ def test_held_out_examples_are_limited(source):
     assert len(held_out_examples(chats, int(sizes[2]))) == 3
     assert len(held_out_examples(chats, int(sizes[2]) - 1)) == 2
     assert len(held_out_examples(chats, 1)) == 1
+
+
+@pytest.mark.faults
+def test_held_out_answers_without_text_are_refused(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(
+        json.dumps({"messages": [user(str(number)), answer("")]}) + "\n" for number in range(9)
+    ))
+    chats = read_chats(str(path), thinking="off", held_out_fraction=0.3)
+    with pytest.raises(InputError, match="expected text in the answers that are held out"):
+        held_out_examples(chats, 100)
+
+
+def test_chats_longer_than_a_row_are_left_out_of_training(source, tmp_path):
+    """Also where a stage follows: each has the text that its batches take."""
+    config = DataConfig(source=str(source), format="chat", held_out_fraction=0.1)
+    corpus = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+    sizes = np.diff(corpus.train.starts)
+    seq_len = int(np.median(sizes))
+    fits = fitting(corpus.train, seq_len)
+    assert fits.tolist() == (sizes <= seq_len).tolist() and 0 < fits.sum() < len(fits)
+    short = StageConfig(tokens=40 * 4 * seq_len, seq_len=seq_len, batch_tokens=4 * seq_len)
+    long = StageConfig(tokens=1, seq_len=512, batch_tokens=1024)
+    batches = make_train_iterator(corpus, config, [short, long])
+    for _ in range(short.steps):
+        batch = next(batches)
+        for row in range(4):
+            tokens, segments = batch["tokens"][row], batch["segment_ids"][row]
+            starts = np.flatnonzero(np.diff(segments, prepend=0) * (segments > 0))
+            assert (tokens[starts] == corpus.tokenizer.bos_id).all()
+    assert next(batches)["tokens"].shape == (2, 512)
+    with pytest.raises(InputError, match=f"expected at least {sizes.min()}, the tokens of the sho"):
+        tiny = StageConfig(tokens=1, seq_len=2, batch_tokens=2)
+        make_train_iterator(corpus, config, [tiny])

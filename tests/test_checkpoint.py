@@ -183,6 +183,16 @@ def test_every_key_that_shapes_a_run_is_fixed(key, record_property):
     record_property(F11, 1)
 
 
+def test_what_was_saved_before_a_key_was_there_has_its_default():
+    saved = copy.deepcopy(CONFIG)
+    del saved["data"]["format"]
+    check_same_run(saved, CONFIG, "here")
+    other = copy.deepcopy(CONFIG)
+    other["data"]["format"] = "chat"
+    with pytest.raises(InputError, match="config.data.format: expected 'text', .*got 'chat'"):
+        check_same_run(saved, other, "here")
+
+
 SAVED = {
     "half": "bfloat16[8, 16]", "weight": "float32[256, 256]", "table": "int32[4, 3]",
     "step": "int32[]",

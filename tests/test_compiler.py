@@ -20,7 +20,7 @@ SORTED = (
     "to_apply=%region_1.8"
 )
 COUNTS = SCATTER.replace("f32[4096,128]{1,0}", "s32[16]{0}")
-TUPLE = SCATTER.replace("f32[4096,128]{1,0}", "(s32[16]{0}, bf16[4,2]{1,0})")
+TUPLE = SCATTER.replace("f32[4096,128]{1,0}", "(s32[16]{0}, /*index=1*/bf16[4,2]{1,0})")
 OTHER = (
     '  ROOT %input_scatter_fusion = f32[4096,128]{1,0} fusion(%copy.2, %g.1), kind=kInput, '
     'calls=%fused_scatter, metadata={op_name="jit(f)/scatter(x)"}'

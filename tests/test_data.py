@@ -490,9 +490,9 @@ def test_the_order_of_documents_is_read_by_tokens(corpus):
     for _ in range(200):
         place, tokens = choose.randrange(count), choose.randrange(1, 2 * len(corpus.train.tokens))
         before = read[place - 1] if place else 0
-        found = order.after(place, tokens)
+        found = order.after(place, tokens, lengths)
         assert read[found - 1] - before >= tokens > (read[found - 2] - before if found > 1 else 0)
-    assert order.after(3, 0) == 3
+    assert order.after(3, 0, lengths) == 3
 
 
 @pytest.mark.faults

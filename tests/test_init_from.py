@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from tiny_models import TOKENIZER, write_saved, write_workdir
 
 from dsv4_jax import InputError, load_pretrained
-from dsv4_jax.init_from import adopt_model, load_weights
+from dsv4_jax.init_from import adopt_model, load_weights, model_of
 from dsv4_jax.manifest import MANIFEST_FILE
 from dsv4_jax.model import param_shapes
 from dsv4_jax.run_config import RunConfig
@@ -65,7 +65,8 @@ def sections_of(source, stages=STAGES, **model) -> dict:
 
 
 def run_of(folder, source, **model) -> RunConfig:
-    return RunConfig.from_config_dict(sections_of(source, **model), check_model(folder).config)
+    sections = sections_of(source, **model)
+    return RunConfig.from_config_dict(sections, model_of(folder, folder / "absent", sections))
 
 
 def leaves_at(workdir, step: int) -> dict[str, dict]:
@@ -96,7 +97,7 @@ def test_all_stages_go_on_from_a_trained_model(folder, chats, tmp_path):
     """Who rests in the first ones is bit by bit as it was; the end can be used, and goes on."""
     config, printed, workdir = run_of(folder, chats), io.StringIO(), tmp_path / "run"
     with contextlib.redirect_stdout(printed):
-        train(config, workdir, init_from=check_model(folder))
+        train(config, workdir, init_from=folder)
     given = flatten_dict(load_weights(check_model(folder), None), sep="/")
     first, second, last = (leaves_at(workdir, step) for step in (1, 2, 3))
     moved = {
@@ -116,42 +117,57 @@ def test_all_stages_go_on_from_a_trained_model(folder, chats, tmp_path):
     assert "held-out text: " in printed.getvalue()
     prompt, _, reply = (workdir / "sample.txt").read_text().partition("\n\n")
     assert prompt == config.train.sample_prompt and "\n\n" not in reply
-    # It goes on without the weights that it started with.
+    # It goes on without the weights that it started with, and has a model of its own.
+    assert model_of("/no/longer/there", workdir, {}) == config.model
     again = io.StringIO()
     with contextlib.redirect_stdout(again):
-        train(config, workdir, init_from=check_model(folder))
+        train(config, workdir, init_from="/no/longer/there")
     assert "the run is complete: 3 of 3 steps" in again.getvalue()
     assert "making the state" not in again.getvalue()
 
 
 def test_changes_of_a_model_are_told_and_other_weights_refused(folder, chats, tmp_path, capsys):
-    origin = check_model(folder)
-    adopt_model(origin, run_of(folder, chats, yarn_factor=4.0), tmp_path)
-    expected = f"model.yarn_factor=4.0 for {origin.config.yarn_factor!r}, unlike {folder}"
+    model = check_model(folder).config
+    adopt_model(folder, run_of(folder, chats, yarn_factor=4.0), tmp_path)
+    expected = f"model.yarn_factor=4.0 for {model.yarn_factor!r}, unlike {folder}"
     assert capsys.readouterr().out.splitlines() == [expected]
     assert (tmp_path / TOKENIZER_FILE).read_text() == TOKENIZER.specification
-    layers = 1 - origin.config.num_nextn_predict_layers
-    for change, said in (
-        ({"hidden_size": 32}, r"expected the shape \(.*16.*\), as in .*, got the shape \(.*32.*\)"),
-        ({"num_nextn_predict_layers": layers}, "no such weight"),
-    ):
+    changes = [({"hidden_size": 32}, r"expected the shape \(.*16.*\), as in .*, got the sha.*32")]
+    if model.num_nextn_predict_layers == 0:
+        changes.append(({"num_nextn_predict_layers": 1}, "expected no such weight, as in"))
+    for change, said in changes:
         (name,) = change
         with pytest.raises(InputError, match=said) as caught:
-            adopt_model(origin, run_of(folder, chats, **change), tmp_path / "other")
+            adopt_model(folder, run_of(folder, chats, **change), tmp_path / "other")
         assert f"take back model.{name}=" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_named_tokenizer_and_a_workdirs_own_stay(folder, chats, tmp_path):
-    origin, config = check_model(folder), run_of(folder, chats)
+def test_a_prediction_block_is_left_out_if_so_wanted(chats, tmp_path):
+    folder = tmp_path / "model"
+    write_saved(folder, "float32")
+    config = run_of(folder, chats, num_nextn_predict_layers=0)
+    assert config.model.num_nextn_predict_layers == 0
+    assert "mtp" not in load_weights(adopt_model(folder, config, tmp_path), None)
+
+
+def test_a_named_tokenizer_stays_and_one_left_over_does_not(folder, chats, tmp_path):
+    config = run_of(folder, chats)
     named = dataclasses.replace(
         config, data=dataclasses.replace(config.data, tokenizer=str(folder / TOKENIZER_FILE))
     )
-    adopt_model(origin, named, tmp_path)
+    adopt_model(folder, named, tmp_path)
     assert not (tmp_path / TOKENIZER_FILE).exists()
-    (tmp_path / TOKENIZER_FILE).write_text("its own")
-    adopt_model(origin, config, tmp_path)
-    assert (tmp_path / TOKENIZER_FILE).read_text() == "its own"
+    (tmp_path / TOKENIZER_FILE).write_text("of an earlier try")
+    adopt_model(folder, config, tmp_path)
+    assert (tmp_path / TOKENIZER_FILE).read_text() == TOKENIZER.specification
+
+
+@pytest.mark.parametrize("sections", [{"model": 5}, {"model": {}, "data": {"tokenizer": 5}}, {}])
+def test_an_ill_typed_config_is_refused_in_one_line(folder, tmp_path, sections):
+    with pytest.raises(InputError) as caught:
+        RunConfig.from_config_dict(sections, model_of(folder, tmp_path, sections))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.heavy

@@ -215,6 +215,13 @@ def test_a_tokenizer_must_fit_the_model(tmp_path):
         load_tokenizer(path, vocab_size=size - 1)
 
 
+def test_ids_beyond_int32_are_refused():
+    fields = json.loads(TOKENIZER.specification)
+    fields["model"]["vocab"]["x" * 9] = 2**31
+    with pytest.raises(InputError, match="here: expected ids below 2.31, got 2147483648"):
+        Tokenizer(json.dumps(fields), "here")
+
+
 def test_a_vocabulary_must_hold_all_bytes():
     with pytest.raises(ValueError, match="model.vocab_size: expected at least 270 .* got 269"):
         train_tokenizer(TEXTS, vocab_size=269)

@@ -11,13 +11,16 @@ import pytest
 from compiling import quick_jit
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dsv4_jax.flops import count_flops
 from dsv4_jax.params import merge, split_trainable
 from dsv4_jax.run_config import INDEXER, SPARSE, RunConfig
 from dsv4_jax.train_step import (
     LOAD,
+    abstract_state,
     init_state,
     make_evaluation,
     make_train_step,
+    optimizer_flops,
     transformer_of,
 )
 
@@ -129,6 +132,23 @@ def assert_descended(after, expected) -> None:
             assert error <= ROUNDING * largest, path
             compared += 1
     assert compared > 50
+
+
+@pytest.mark.parametrize("attention", ["dense", "indexer", "sparse"])
+def test_muons_operations_are_those_that_it_adds_to_a_step(attention):
+    stage = dataclasses.replace(CONFIG.stages[0], attention=attention)
+    counts = []
+    for name in ("muon", "adamw"):
+        config = dataclasses.replace(
+            CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name=name)
+        )
+        step = make_train_step(config, stage)
+        counts.append(count_flops(step, abstract_state(config), BATCH).matmul)
+    muon = dataclasses.replace(
+        CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name="muon")
+    )
+    assert optimizer_flops(muon, stage) == counts[0] - counts[1] > 0
+    assert optimizer_flops(CONFIG, stage) == 0  # AdamW
 
 
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.heavy)])

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4_jax.checkpoint import CHECKPOINTS, check_checkpoint
+from dsv4_jax.checkpoint import CHECKPOINTS, check_checkpoint, committed_steps
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.leaf_source import LeafSource
 from dsv4_jax.convert.orbax_leaves import StoredLeaf, open_leaves
@@ -77,7 +77,7 @@ def _open_workdir(folder: Path, skip_mtp: bool) -> Opened:
     document = read_json(folder, CONFIG, LARGEST_CONFIG)
     with about(str(folder / CONFIG)):
         config = RunConfig.from_config_dict(document).model
-    steps = [int(p.name) for p in (folder / CHECKPOINTS).iterdir() if p.name.isdecimal()]
+    steps = committed_steps(folder)
     if not steps:
         raise InputError(f"{folder / CHECKPOINTS}: expected a checkpoint, got none; train first")
     step = max(steps)

@@ -180,7 +180,8 @@ def refuse_draft_heads(names: Iterable[str]) -> None:
     if found:
         raise InputError(
             f"tensor {shown(found[0])}: expected DeepSeek-V4's multi-token prediction block under "
-            "mtp.*, got a DSpark draft head; leave it out by skip_mtp (--skip_mtp)"
+            "mtp.*, got a DSpark draft head; leave it out by skip_mtp (--skip_mtp; to train: "
+            "--config.model.num_nextn_predict_layers=0)"
         )
 
 
