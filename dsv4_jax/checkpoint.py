@@ -387,9 +387,10 @@ def explained(failure: str, remedy: str) -> Iterator[None]:
 def check_same_run(saved: dict, config: dict, where: str) -> None:
     """Raise an InputError that names the first fixed key in which two configs differ.
 
-    What was saved before there was a key has its default.
+    A key that is not there, as it was not yet when a config was saved, has its default.
     """
-    flat_saved, flat_config = _flatten(defaults()) | _flatten(saved), _flatten(config)
+    usual = _flatten(defaults())
+    flat_saved, flat_config = usual | _flatten(saved), usual | _flatten(config)
     for key in sorted(flat_saved | flat_config):
         if not any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_KEYS):
             continue
