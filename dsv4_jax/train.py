@@ -106,8 +106,10 @@ def _train(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
     with closing(RunLog(run.workdir, first, _wandb_log(run))) as log:
         if first >= config.steps:
             say(f"the run is complete: {first} of {config.steps} steps")
-        # A complete run tells its score again; a signal may have kept another from it.
+        # A complete run tells its score again; a signal may have kept another from it. A trained
+        # model's is told before it is trained on.
         due = first > 0 and _is_due(config, first, config.train.eval_every)
+        due = due or run.origin is not None
         if first >= config.steps or due and not has_score(log, first):
             HeldOut(run, _stage_of(config, first), log, stop).report(first, state.params)
         skips = SkipWatch(config.train.most_skips, int(state.skips.total))

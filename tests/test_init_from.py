@@ -114,7 +114,8 @@ def test_all_stages_go_on_from_a_trained_model(folder, chats, tmp_path):
         same = np.array_equal(leaf, given[path])
         assert same == ("indexer" not in path), path
     assert open_model(workdir).tokenizer.specification == TOKENIZER.specification
-    assert "held-out text: " in printed.getvalue()
+    # One score of the model before it is trained on, and one at the end of each stage.
+    assert printed.getvalue().count("held-out text: ") == 1 + len(STAGES)
     prompt, _, reply = (workdir / "sample.txt").read_text().partition("\n\n")
     assert prompt == config.train.sample_prompt and "\n\n" not in reply
     # It goes on without the weights that it started with, and has a model of its own.
