@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
             "thinking": "off",
             "tokenizer": placeholder(str),  # None: that of the checkpoint
             "seed": 0,
-            "held_out_fraction": 0.03,
+            "held_out_fraction": 0.1,
             "held_out_bytes": 262_144,
         },
         "stages": {
