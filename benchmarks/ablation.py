@@ -41,7 +41,7 @@ from dsv4_jax.params import constant, param
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sizes import count_params
 from dsv4_jax.tokenized import TokenizedCorpus, prepare_corpus
-from dsv4_jax.train_step import init_state, make_evaluation, make_train_step
+from dsv4_jax.train_step import MODEL_INPUTS, init_state, make_evaluation, make_train_step
 
 PARTS = flags.DEFINE_list("parts", ["optimizer", "residual", "attention"], "Which to run.")
 STEPS = flags.DEFINE_integer("steps", 300, "Optimizer steps of each run.", lower_bound=20)
@@ -156,7 +156,7 @@ def composite_gain(config: RunConfig, params: dict, batch: dict) -> float:
 
     block.expand = expand
     try:
-        inputs = {key: batch[key][:1] for key in ("tokens", "segment_ids", "positions")}
+        inputs = {key: batch[key][:1] for key in MODEL_INPUTS}
         apply = model.Transformer(config.model, config.runtime).apply
         jax.block_until_ready(
             jax.jit(functools.partial(apply, method="features"))({"params": params}, **inputs)

@@ -120,10 +120,11 @@ class StageText:
     ):
         self._documents, self._order, self._seq_len, self._seed = documents, order, seq_len, seed
         self._first, self._stop = first, stop
+        self._fits = fitting(documents, seq_len)
         self._lasting = functools.lru_cache(maxsize=2)(self._part)
         self._epoch = first // len(order)
         self._before = len(self._lasting(self._epoch)[0])
-        self._in_epoch = len(Pieces(documents, seq_len, fitting(documents, seq_len)))
+        self._in_epoch = len(Pieces(documents, seq_len, self._fits))
 
     def __len__(self) -> int:
         if self._stop is None:
@@ -151,8 +152,7 @@ class StageText:
         begin = epoch * len(self._order)
         stop = None if self._stop is None else max(self._stop - begin, 0)
         chosen = self._order.epoch(epoch)[max(self._first - begin, 0) : stop]
-        fits = fitting(self._documents, self._seq_len)[chosen]
-        return Pieces(self._documents, self._seq_len, chosen[fits])
+        return Pieces(self._documents, self._seq_len, chosen[self._fits[chosen]])
 
 
 class TrainIterator:
@@ -251,20 +251,20 @@ def make_train_iterator(
       InputError: the hosts do not divide the rows of a stage, or no chat fits into one of them.
     """
     order, sizes = DocumentOrder(corpus.train, config.seed), np.diff(corpus.train.starts)
-    firsts = [0]
+    fits = [fitting(corpus.train, stage.seq_len) for stage in stages]
     for index, stage in enumerate(stages):
-        fits = fitting(corpus.train, stage.seq_len)
-        if not fits.any():
+        if not fits[index].any():
             raise InputError(
                 f"stages.{stage_name(index)}.seq_len: expected at least {sizes.min()}, the tokens "
                 f"of the shortest chat, got {stage.seq_len}; raise it"
             )
-        firsts.append(order.after(firsts[-1], stage.steps * stage.batch_tokens, sizes * fits))
+    firsts = [0]
+    for stage, fit in zip(stages[:-1], fits[:-1], strict=True):
+        firsts.append(order.after(firsts[-1], stage.steps * stage.batch_tokens, sizes * fit))
     shards = [_rows_of_shard(stage.rows, shard_index, shard_count) for stage in stages]
 
     def open_stage(index: int) -> _StageBatches:
-        last = index == len(stages) - 1
-        stage, first, stop = stages[index], firsts[index], None if last else firsts[index + 1]
+        stage, first, stop = stages[index], firsts[index], [*firsts, None][index + 1]
         text = StageText(
             corpus.train, order, first, stop, seq_len=stage.seq_len, seed=config.seed
         )

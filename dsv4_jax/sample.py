@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsv4_jax.encoding import render_messages
-from dsv4_jax.encoding_texts import THINKING
+from dsv4_jax.chat import chat_prompt
 from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
 from dsv4_jax.infer import generate
@@ -20,11 +19,8 @@ def sample_prompt(run: Run) -> np.ndarray:
     """Return the token ids that the final sample continues, or answers."""
     plan, tokenizer, data = run.config.train, run.corpus.tokenizer, run.config.data
     if data.format == CHAT:
-        mode, effort = THINKING[data.thinking]
         question = [{"role": "user", "content": plan.sample_prompt}]
-        prompt = tokenizer.encode_segments(
-            render_messages(question, thinking_mode=mode, reasoning_effort=effort)
-        )
+        prompt = chat_prompt(tokenizer, question, data.thinking)
     else:
         prompt = np.array([tokenizer.bos_id, *tokenizer.encode(plan.sample_prompt)], np.int32)
     room = run.config.model.max_position_embeddings - plan.sample_tokens
