@@ -13,6 +13,7 @@ import pytest
 from fault_cases import cases
 from training_command import (
     committed_steps,
+    complete,
     finish,
     metrics_of,
     result_of,
@@ -70,7 +71,7 @@ def test_kill_at_any_moment(folder, sections, straight, record_property):
         else:
             time.sleep(choose.random() * 8)
         process.kill()
-        out, errors = process.communicate()
+        out, errors = complete(process)
         assert errors == ""
         if process.returncode == 0:  # it was at its end already
             assert result_of(workdir) == straight
@@ -97,7 +98,7 @@ def test_sigterm_and_sigint_save_and_end_well(folder, sections, straight, record
         process.send_signal(choose.choice([signal.SIGTERM, signal.SIGINT]))
         seen = [line for line in process.stdout if line.startswith(("step ", "ended by "))]
         assert time.monotonic() - sent < STOP_WITHIN
-        errors = process.communicate()[1]
+        errors = complete(process)[1]
         assert process.returncode == 0 and errors == "", errors
         if committed_steps(workdir)[-1] == 60:
             finish(start(sections, workdir, folder / "compiled"))

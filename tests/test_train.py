@@ -108,7 +108,7 @@ def run_command(
         process = training_command.start(
             sections, workdir, compiled, XLA_FLAGS=os.environ["XLA_FLAGS"]
         )
-        out, errors = process.communicate()
+        out, errors = training_command.complete(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
