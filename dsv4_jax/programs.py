@@ -36,10 +36,17 @@ class Programs:
         """Return the program for a batch; the first of its kind is waited for."""
         kind = ahead.experts is not None
         if kind not in self._compiled:
-            self._compiled[kind] = compile_step(self._run, self._stage, state, ahead.inputs)
+            compiled = compile_step(self._run, self._stage, state, ahead.inputs)
+            if not self._compiled:
+                self._tell_work(compiled[1])
+            self._compiled[kind] = compiled
             self._pace.restart()
         program, self._pace.flops = self._compiled[kind]
         return program
+
+    def _tell_work(self, flops: int) -> None:
+        share = optimizer_flops(self._run.config, self._stage) / flops
+        say(f"a step: {flops / 1e9:,.4g} GFLOP in matrix products, {share:.1%} of them Muon's")
 
 
 def routing_of(run: Run, stage: StageConfig) -> Callable:
@@ -80,8 +87,6 @@ def compile_step(
         compiled = traced.lower().compile()
     if run.config.train.deterministic and jax.default_backend() == "gpu":
         check_deterministic(compiled.as_text())
-    share = optimizer_flops(run.config, stage) / flops.matmul
-    say(f"a step: {flops.matmul / 1e9:,.4g} GFLOP in matrix products, {share:.1%} of them Muon's")
     return compiled, flops.matmul
 
 

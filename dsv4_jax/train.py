@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -43,6 +45,7 @@ class _Tools:
     batches: TrainIterator
     checkpoints: Checkpoints
     log: RunLog
+    held_out: Callable[[StageConfig], HeldOut]
     pace: Pace
     skips: SkipWatch
     guard: SpikeGuard
@@ -110,11 +113,13 @@ def _train(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
         # model's is told before it is trained on.
         due = first > 0 and _is_due(config, first, config.train.eval_every)
         due = due or run.origin is not None
+        # One evaluation at a time is kept: the first stage has that of the score told here.
+        held_out = functools.lru_cache(maxsize=1)(lambda stage: HeldOut(run, stage, log, stop))
         if first >= config.steps or due and not has_score(log, first):
-            HeldOut(run, _stage_of(config, first), log, stop).report(first, state.params)
+            held_out(_stage_of(config, first)).report(first, state.params)
         skips = SkipWatch(config.train.most_skips, int(state.skips.total))
         tools = _Tools(
-            batches, checkpoints, log, Pace(log, started=run.started), skips,
+            batches, checkpoints, log, held_out, Pace(log, started=run.started), skips,
             SpikeGuard(config.spikes, place.get(GUARD)), stop,
         )
         routed = _restore_routed(run, checkpoints, state, first, place.get(ROUTED, 0))
@@ -172,7 +177,7 @@ def _run_stage(
     index = config.stage_at(first + 1)
     stage, last = config.stages[index], config.stage_ends[index]
     _announce_stage(run, first + 1)
-    evaluation = HeldOut(run, stage, tools.log, tools.stop)
+    evaluation = tools.held_out(stage)
     guard.begin_stage(index)
     feed = Feed(
         tools.batches, first + 1, last, place=run.place, route=routing_of(run, stage),
