@@ -5,11 +5,13 @@
 - optimizer: Muon beside AdamW, each at the best of several learning rates.
 - residual: manifold-constrained hyper-connections (mHC) beside unconstrained ones and beside a
   plain residual, in a deep model at high learning rates.
-- attention: the hybrid of windows, CSA and HCA beside full attention with as many parameters.
+- attention: the hybrid of windows, CSA and HCA, dense and brought to sparse as V4 does it, beside
+  full attention with as many parameters.
 
 All runs of a part see the same batches of the standard library; the learning rate is constant
-after its warm-up, so that a run's loss at a step does not depend on where it ends. Each part writes
-its curves to `ablation_PART.png` in --output and prints a table.
+after its warm-up, so that a run's loss at a step does not depend on where it ends. Steps that are
+not finite are not skipped. Each part writes its curves to `ablation_PART.png` in --output and
+prints a table.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import linen as nn
 
 from dsv4_jax import block, mhc, model
-from dsv4_jax.cli import read_config_file
+from dsv4_jax.cli import read_config_file, run
 from dsv4_jax.compiler import compiler_options
 from dsv4_jax.data import held_out_batches, make_train_iterator
+from dsv4_jax.errors import InputError
 from dsv4_jax.figures import check_figure, write_figure
 from dsv4_jax.flops import count_flops
 from dsv4_jax.params import constant, param
@@ -48,11 +51,12 @@ STEPS = flags.DEFINE_integer("steps", 300, "Optimizer steps of each run.", lower
 OUTPUT = flags.DEFINE_string("output", "benchmarks/results", "Folder for the figures.")
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
 EVALUATIONS = 20  # of each run
-DIVERGED = 1.0  # nats above the lowest loss of a run, or a NaN: it has blown up
+BLOWN_UP = 0.1  # bits per byte at the end above a run's best, or a NaN
 
 MUON_RATES = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
 ADAMW_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 RESIDUAL_RATES = (6e-3, 3e-2, 1e-1)
+ATTENTION_RATES = (3e-3, 6e-3)
 DEEP = 16  # layers
 
 
@@ -63,16 +67,20 @@ class Curve(NamedTuple):
     steps: np.ndarray  # of the evaluations
     bits: np.ndarray  # per byte of the held-out text, at each
     losses: np.ndarray  # nats per token of the training batches, of every step
-    norms: np.ndarray  # of the gradient, of every step
-    seconds: float  # of a step, median
-    gflop: float  # of a step's products
+    norms: np.ndarray  # of the model's gradient, of every step in which it learns
+    seconds: float  # of a step of the last stage, median
+    gflop: float  # of such a step's products
     gain: float | None = None  # see `composite_gain`
 
     @property
+    def best(self) -> float:
+        """The fewest bits per byte."""
+        return float(np.nanmin(self.bits))
+
+    @property
     def blew_up(self) -> bool:
-        """Whether the loss left its lowest value for good."""
-        last = self.losses[-max(1, len(self.losses) // 20):]
-        return not np.isfinite(last).all() or last.mean() > np.nanmin(self.losses) + DIVERGED
+        """Whether the run has left its best state for good."""
+        return not self.bits[-1] <= self.best + BLOWN_UP
 
     def steps_to(self, bits: float) -> float | None:
         """Return the step at which the held-out text first needed so little; None: never."""
@@ -100,11 +108,24 @@ def config_of(changes: dict, *, rate: float, optimizer: str = "muon", seq_len: i
     sections["optimizer"] |= {
         "name": optimizer, "learning_rate": rate, "end_learning_rate": 0.0, "decay_fraction": 0.0,
     }
+    sections["train"]["skip_non_finite"] = False
     sections["data"]["held_out_bytes"] = 65_536
     stage = sections["stages"]["stage1"]
     stage |= {"tokens": 2048 * STEPS.value, "batch_tokens": 2048, "seq_len": seq_len}
     sections["stages"] = {"stage1": stage}
     return RunConfig.from_config_dict(sections)
+
+
+def brought_to_sparse(config: RunConfig) -> RunConfig:
+    """Return the run in three stages: dense, the indexers' warm-up, sparse."""
+    (stage,) = config.stages
+    warm_up, sparse = STEPS.value // 10, STEPS.value * 2 // 5
+    steps = {"dense": STEPS.value - warm_up - sparse, "indexer": warm_up, "sparse": sparse}
+    stages = (
+        dataclasses.replace(stage, attention=attention, tokens=count * stage.batch_tokens)
+        for attention, count in steps.items()
+    )
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 @functools.cache
@@ -116,28 +137,34 @@ def corpus_of(vocab_size: int) -> TokenizedCorpus:
 
 def train(name: str, config: RunConfig) -> Curve:
     """Take all steps of a run and evaluate it now and then."""
-    stage, corpus = config.stages[0], corpus_of(config.model.vocab_size)
+    corpus, taken = corpus_of(config.model.vocab_size), 0
     batches = make_train_iterator(corpus, config.data, config.stages)
-    held_out = held_out_batches(corpus, config.data, seq_len=stage.seq_len, rows=stage.rows)
-    state, step = init_state(config), make_train_step(config, stage)
-    gflop = count_flops(step, state, next(batches)).matmul / 1e9
-    batches = make_train_iterator(corpus, config.data, config.stages)
-    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-    nats = jax.jit(make_evaluation(config, stage), compiler_options=compiler_options())
-    every, evaluated, logged, seconds = max(1, STEPS.value // EVALUATIONS), [], [], []
-    for number in range(1, STEPS.value + 1):
-        began = time.perf_counter()
-        state, metrics = step(state, next(batches))
-        logged.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        seconds.append(time.perf_counter() - began)
-        if number % every == 0 or number == STEPS.value:
-            total = sum(float(nats(state.params, batch)) for batch in held_out)
-            evaluated.append((number, total / math.log(2) / len(corpus.held_out_text)))
+    state, every = init_state(config), max(1, STEPS.value // EVALUATIONS)
+    evaluated, losses, norms = [], [], []
+    for stage in config.stages:
+        step, seconds = make_train_step(config, stage), []
+        tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
+        gflop = count_flops(step, state, dict.fromkeys(MODEL_INPUTS, tokens)).matmul / 1e9
+        step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+        nats = jax.jit(make_evaluation(config, stage), compiler_options=compiler_options())
+        held_out = held_out_batches(corpus, config.data, seq_len=stage.seq_len, rows=stage.rows)
+        for _ in range(stage.steps):
+            batch, began = next(batches), time.perf_counter()
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - began)
+            if "grad_norm" in metrics:
+                norms.append(float(metrics["grad_norm"]))
+            taken += 1
+            if taken % every == 0 or taken == STEPS.value:
+                total = sum(float(nats(state.params, rows)) for rows in held_out)
+                evaluated.append((taken, total / math.log(2) / len(corpus.held_out_text)))
     steps, bits = map(np.array, zip(*evaluated, strict=True))
-    losses, norms = np.array(logged).T
-    curve = Curve(name, steps, bits, losses, norms, float(np.median(seconds)), gflop)
+    curve = Curve(
+        name, steps, bits, np.array(losses), np.array(norms), float(np.median(seconds)), gflop
+    )
     if config.model.hc_mult > 1 and len(config.model.layer_types) == DEEP:
-        curve = curve._replace(gain=composite_gain(config, state.params, next(batches)))
+        curve = curve._replace(gain=composite_gain(config, state.params, batch))
     print(f"{name}: {bits[-1]:.3f} bits per byte", file=sys.stderr, flush=True)
     return curve
 
@@ -171,41 +198,43 @@ def composite_gain(config: RunConfig, params: dict, batch: dict) -> float:
 class UnconstrainedMix(mhc.StreamMix):
     """Hyper-connections as first published: gates of tanh, a mixing matrix of any sums.
 
-    Source: Zhu et al., arXiv:2409.19606. It starts at the same static gates as our mHC, with the
-    identity as mixing matrix.
+    Each stream, normalised by itself, moves its own gates. Their static parts are kept as
+    differences from where they start: they are not to decay, and so do not decay towards zero.
+
+    Source: Zhu et al., arXiv:2409.19606.
     """
 
     @nn.compact
     def __call__(self, streams):
         c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
-        fn = [
-            param(self, f"fn_{name}", "width streams -> " + axes, (d, n, *sizes))
-            for name, axes, sizes in (
-                ("pre", "mix", (n,)), ("post", "mix", (n,)), ("comb", "mix mix_in", (n, n)),
-            )
-        ]
-        own = mhc.own_stream_init(self.own_stream % n)
+        zeros = nn.initializers.zeros
+        fn_pre = param(self, "fn_pre", "width -> gate", (d, 1), zeros)
+        fn_post = param(self, "fn_post", "width -> gate", (d, 1), zeros)
+        fn_comb = param(self, "fn_comb", "width -> mix", (d, n), zeros)
+        base_pre = param(self, "base_pre", "mix", (n,), zeros)
+        base_post = param(self, "base_post", "mix", (n,), zeros)
+        base_comb = param(self, "base_comb", "mix mix_in", (n, n), zeros)
+        scale = param(self, "scale", "gate", (2,), constant(c.hc_gate_init))
+        streams = streams.astype(jnp.float32)
+        squares = jnp.mean(streams * streams, axis=-1, keepdims=True)
+        normed = streams * jax.lax.rsqrt(squares + c.rms_norm_eps)
+        fn = jnp.concatenate([fn_pre, fn_post, fn_comb], axis=-1)
+        moves = jnp.tanh(jnp.einsum("btnd,dx->xnbt", normed, fn))
+        own = jnp.arange(n) == self.own_stream % n
+        pre = (own + base_pre)[:, None, None] + scale[0] * moves[0]
+        post = (1 + base_post)[:, None, None] + scale[1] * moves[1]
+        comb = (jnp.eye(n) + base_comb)[:, :, None, None]
+        return pre, post, comb + scale[0] * jnp.swapaxes(moves[2:], 0, 1)
 
-        def read(key, shape, dtype):
-            return jax.nn.sigmoid(own(key, shape, dtype))
 
-        base_pre = param(self, "base_pre", "mix", (n,), read)
-        base_post = param(
-            self, "base_post", "mix", (n,), lambda *args: 2 * read(*args)
-        )
-        base_comb = param(
-            self, "base_comb", "mix mix_in", (n, n),
-            lambda key, shape, dtype: jnp.eye(shape[-1], dtype=dtype),
-        )
-        scale = param(self, "scale", "gate", (3,), constant(c.hc_gate_init))
-        flat = jnp.concatenate([fn[0], fn[1], fn[2].reshape(d, n, n * n)], axis=-1)
-        moves = jnp.tanh(mhc.mix_logits(streams, flat, c.rms_norm_eps, self.runtime))
-        comb = moves[2 * n :].reshape(n, n, *moves.shape[1:])
-        return (
-            base_pre[:, None, None] + scale[0] * moves[:n],
-            base_post[:, None, None] + scale[1] * moves[n : 2 * n],
-            base_comb[:, :, None, None] + scale[2] * comb,
-        )
+class SumHead(nn.Module):
+    """The sum of the streams."""
+
+    config: object
+    runtime: object
+
+    def __call__(self, streams):
+        return jnp.sum(streams, axis=2)
 
 
 class PlainMix(nn.Module):
@@ -220,22 +249,13 @@ class PlainMix(nn.Module):
         return ones, ones, ones[None]
 
 
-class PlainHead(nn.Module):
-    """The one stream, as it is."""
-
-    config: object
-    runtime: object
-
-    def __call__(self, streams):
-        return streams[:, :, 0]
-
-
 @contextlib.contextmanager
 def residual(name: str) -> Iterator[None]:
     """Build models with another kind of residual connection."""
-    kinds = {"mHC": (block.StreamMix, model.StreamHead), "plain": (PlainMix, PlainHead)}
-    kinds["unconstrained"] = UnconstrainedMix, model.StreamHead
     before = block.StreamMix, model.StreamHead
+    kinds = {
+        "mHC": before, "unconstrained": (UnconstrainedMix, SumHead), "plain": (PlainMix, SumHead),
+    }
     block.StreamMix, model.StreamHead = kinds[name]
     try:
         yield
@@ -256,15 +276,13 @@ def run_optimizer() -> list[Curve]:
     for curve in [*curves["muon"], *curves["adamw"]]:
         name, rate = curve.name.split()
         print(f"| {name} | {rate} | {curve.bits[-1]:.3f} | {curve.seconds * 1e3:.0f} |")
-    muon, adamw = (min(curves[name], key=lambda c: c.bits[-1]) for name in ("muon", "adamw"))
-    target = adamw.bits[-1]
-    needed = muon.steps_to(target)
+    muon, adamw = (min(curves[name], key=lambda c: c.best) for name in ("muon", "adamw"))
+    target = adamw.best
+    needed, usual = muon.steps_to(target), adamw.steps_to(target)
     print(
-        f"\nAdamW at its best ({adamw.name}) needs {STEPS.value} steps to {target:.3f} bits per "
+        f"\nAdamW at its best ({adamw.name}) needs {usual:.0f} steps to {target:.3f} bits per "
         f"byte, Muon ({muon.name}) " + (
-            "does not reach it" if needed is None else
-            f"{needed:.0f}, {needed / STEPS.value:.2f} of them, "
-            f"{needed * muon.seconds / (STEPS.value * adamw.seconds):.2f} of the time"
+            "does not reach it" if needed is None else f"{needed:.0f}, {needed / usual:.2f} of them"
         ) + "\n", flush=True,
     )
     return [*curves["muon"], *curves["adamw"]]
@@ -279,15 +297,15 @@ def run_residual() -> list[Curve]:
             changes = {"layer_types": pattern, "hc_mult": 1 if name == "plain" else 4}
             with residual(name):
                 curves.append(train(f"{name} {rate:g}", config_of(changes, rate=rate)))
-    print("| residual | learning rate | held-out bits per byte | lowest training loss | at the end "
-          "| largest gradient norm | gain of all layers | blew up | ms a step |\n"
-          f"|{'---|' * 9}")
+    print("| residual | learning rate | held-out bits per byte, best | at the end | largest "
+          "gradient norm | gain of all layers | blew up | ms a step |\n"
+          f"|{'---|' * 8}")
     for curve in curves:
         name, rate = curve.name.split()
         gain = "" if curve.gain is None else f"{curve.gain:.3g}"
         print(
-            f"| {name} | {rate} | {curve.bits[-1]:.3f} | {np.nanmin(curve.losses):.3f} | "
-            f"{curve.losses[-5:].mean():.3f} | {curve.norms[STEPS.value // 10:].max():.3g} | "
+            f"| {name} | {rate} | {curve.best:.3f} | {curve.bits[-1]:.3f} | "
+            f"{curve.norms[STEPS.value // 10:].max():.3g} | "
             f"{gain} | {'yes' if curve.blew_up else 'no'} | {curve.seconds * 1e3:.0f} |"
         )
     print(flush=True)
@@ -296,36 +314,40 @@ def run_residual() -> list[Curve]:
 
 def run_attention() -> list[Curve]:
     """Print the hybrid beside full attention and return the curves."""
-    hybrid = config_of({}, rate=6e-3, seq_len=1024)
+    hybrid = config_of({}, rate=ATTENTION_RATES[0], seq_len=1024)
     layers = len(hybrid.model.layer_types)
     changes = {"layer_types": ("window",) * layers, "sliding_window": 1024}
     wanted = count_params(hybrid.model).total
 
     def full_of(width: int) -> RunConfig:
-        return config_of(changes | {"moe_intermediate_size": width}, rate=6e-3, seq_len=1024)
+        changed = changes | {"moe_intermediate_size": width}
+        return config_of(changed, rate=ATTENTION_RATES[0], seq_len=1024)
 
     full = min(
         map(full_of, range(96, 160, 2)),
         key=lambda config: abs(count_params(config.model).total - wanted),
     )
-    sparse = dataclasses.replace(hybrid.stages[0], attention="sparse")
     configs = {
-        "hybrid, dense CSA": hybrid,
-        "hybrid, sparse CSA": dataclasses.replace(hybrid, stages=(sparse,)),
-        "full attention": full,
+        "full": full, "hybrid, dense": hybrid, "hybrid, to sparse": brought_to_sparse(hybrid),
     }
-    curves = [train(name, config) for name, config in configs.items()]
-    print("| attention | parameters | held-out bits per byte | steps to full attention's | GFLOP a "
-          "step | ms a step |\n|---|---|---|---|---|---|")
-    for curve, config in zip(curves, configs.values(), strict=True):
-        needed = curve.steps_to(curves[-1].bits[-1])
+    curves = {}
+    for rate in ATTENTION_RATES:
+        for name, config in configs.items():
+            optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+            config = dataclasses.replace(config, optimizer=optimizer)
+            curves[name, rate] = train(f"{name}, {rate:g}", config)
+    target = min(curves["full", rate].best for rate in ATTENTION_RATES)
+    print("| attention | learning rate | parameters | held-out bits per byte | steps to full "
+          "attention's best | GFLOP a step at the end | ms |\n|---|---|---|---|---|---|---|")
+    for (name, rate), curve in curves.items():
+        needed = curve.steps_to(target)
         print(
-            f"| {curve.name} | {count_params(config.model).total:,} | {curve.bits[-1]:.3f} | "
-            f"{'never' if needed is None else f'{needed:.0f}'} | {curve.gflop:.1f} | "
-            f"{curve.seconds * 1e3:.0f} |"
+            f"| {name} | {rate:g} | {count_params(configs[name].model).total:,} | "
+            f"{curve.bits[-1]:.3f} | {'never' if needed is None else f'{needed:.0f}'} | "
+            f"{curve.gflop:.1f} | {curve.seconds * 1e3:.0f} |"
         )
     print(flush=True)
-    return curves
+    return [*curves.values()]
 
 
 def draw(curves: list[Curve], path: Path) -> None:
@@ -342,14 +364,11 @@ def draw(curves: list[Curve], path: Path) -> None:
     write_figure(figure, str(path), "output")
 
 
-def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"expected flags only, got {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
+def main():
     runs = {"optimizer": run_optimizer, "residual": run_residual, "attention": run_attention}
     for part in PARTS.value:
         if part not in runs:
-            sys.exit(f"--parts: expected some of {', '.join(runs)}, got {part!r}")
+            raise InputError(f"--parts: expected some of {', '.join(runs)}, got {part!r}")
         check_figure(str(Path(OUTPUT.value, f"ablation_{part}.png")), "output")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {STEPS.value} steps of 2,048 "
           "tokens\n")
@@ -359,4 +378,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

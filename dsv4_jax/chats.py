@@ -45,7 +45,8 @@ def read_examples(record: Mapping, thinking: str) -> list[Example]:
       InputError: a message is of no use, or there is no answer to learn.
     """
     messages = _messages(record)
-    thinking = record.get("thinking", thinking)
+    if record.get("thinking") is not None:
+        thinking = record["thinking"]
     if not isinstance(thinking, str) or thinking not in THINKING:
         raise InputError(
             f"thinking: expected one of {', '.join(THINKING)}, got {shown(thinking)}; correct it "

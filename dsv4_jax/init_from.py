@@ -14,6 +14,7 @@ from dsv4_jax.checkpoint import committed_steps
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.convert.load import load_pretrained
 from dsv4_jax.convert.opening import CONFIG, LARGEST_CONFIG, open_checkpoint
+from dsv4_jax.convert.source import about
 from dsv4_jax.convert.table import weights_of
 from dsv4_jax.convert.untrusted import read_json
 from dsv4_jax.errors import InputError
@@ -37,7 +38,9 @@ def model_of(
       InputError: the folder is no checkpoint.
     """
     if committed_steps(Path(workdir)):
-        return RunConfig.from_config_dict(read_json(Path(workdir), CONFIG, LARGEST_CONFIG)).model
+        saved = read_json(Path(workdir), CONFIG, LARGEST_CONFIG)
+        with about(str(Path(workdir, CONFIG))):
+            return RunConfig.from_config_dict(saved).model
     if not Path(folder).is_dir():
         raise InputError(
             f"--init_from: expected the folder of a model, got {str(folder)!r}, which is no "

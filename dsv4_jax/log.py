@@ -30,7 +30,7 @@ class RunLog:
 
     Args:
       step: the run goes on from here; metrics of later steps, of a run that was cut off before
-        it could save them, are dropped because those steps will come again.
+        it could save them, are dropped because those steps will come again. -1: it begins.
       wandb: gets the metrics, too, and is closed with the log.
     Raises:
       InputError: by all methods, if the files cannot be written; a line of metrics is none.

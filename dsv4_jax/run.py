@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from dsv4_jax.data import Batch
 from dsv4_jax.model import param_shapes
-from dsv4_jax.run_config import RunConfig
+from dsv4_jax.run_config import CHAT, RunConfig
 from dsv4_jax.served_model import ModelFolder
 from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
 from dsv4_jax.sizes import count_params
@@ -53,9 +53,10 @@ def corpus_of(config: RunConfig, workdir: Path) -> TokenizedCorpus:
     """Read the source of a run, and tell how much it is."""
     with timed("reading, tokenizing and encoding the text"):
         corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+    units = "examples" if config.data.format == CHAT else "documents"
     say(
-        f"data: {len(corpus.train.tokens):,} tokens in {len(corpus.train):,} documents to train "
-        f"on, {len(corpus.held_out_text):,} bytes held out"
+        f"data: {len(corpus.train.tokens):,} tokens in {len(corpus.train):,} {units} to train on, "
+        f"{len(corpus.held_out_text):,} bytes held out"
     )
     return corpus
 

@@ -142,6 +142,6 @@ def _tokenizer_path(
     if not Path(given).is_file():
         raise InputError(
             f"tokenizer: expected a {TOKENIZER_FILE}, got {str(given)!r}, which is no file; "
-            "add --tokenizer=FILE"
+            "add --tokenizer=FILE (to train: --config.data.tokenizer=FILE)"
         )
     return Path(given)

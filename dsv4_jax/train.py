@@ -106,7 +106,9 @@ def _train(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> TrainState:
     first, state, place = _first_state(run, checkpoints, batches)
     described = json.dumps(config.to_dict(), indent=1)
     write_atomically(run.workdir / "config.json", described.encode())
-    with closing(RunLog(run.workdir, first, _wandb_log(run))) as log:
+    # Without a checkpoint nothing is kept of an earlier try, which may have had another model.
+    logged = -1 if checkpoints.latest_step is None else first
+    with closing(RunLog(run.workdir, logged, _wandb_log(run))) as log:
         if first >= config.steps:
             say(f"the run is complete: {first} of {config.steps} steps")
         # A complete run tells its score again; a signal may have kept another from it. A trained
@@ -277,7 +279,7 @@ def _announce_stage(run: Run, step: int) -> None:
     )
     fits = fitting(run.corpus.train, stage.seq_len)
     if not fits.all():
-        say(f"{(~fits).sum():,} of {len(fits):,} chats are longer than a row and left out")
+        say(f"{(~fits).sum():,} of {len(fits):,} examples are longer than a row and left out")
 
 
 # Of a step's metrics, those that its line shows, where there are.

@@ -21,6 +21,8 @@ from dsv4_jax.run_config import DataConfig, StageConfig
 from dsv4_jax.tokenized import TOKENS_FILE, prepare_corpus
 from dsv4_jax.tokenizer import train_tokenizer
 
+F4 = "F4: resumed, all batches are those of a stream without an end"
+
 VOCAB_SIZE = 300
 TOKENIZER = train_tokenizer(["the quick brown fox " * 9], vocab_size=VOCAB_SIZE)
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}
@@ -137,7 +139,8 @@ def test_turns_are_one_example_where_nothing_is_left_out():
 def test_a_record_says_how_its_assistant_thinks():
     record = {"messages": TWO[:2], "thinking": "high"}
     assert "R1" in answers_of(read_examples(record, "off")[0])
-    assert "R1" not in answers_of(read_examples({"messages": TWO[:2]}, "off")[0])
+    for unsaid in ({}, {"thinking": None}):
+        assert "R1" not in answers_of(read_examples({"messages": TWO[:2], **unsaid}, "off")[0])
 
 
 @pytest.mark.faults
@@ -284,6 +287,29 @@ def test_batches_carry_what_is_learned(source, thinking, tmp_path):
         len(corpus.tokenizer.encode_segments(part.segments))
         for example in kept for part in example if part.learned
     )
+
+
+@pytest.mark.faults
+def test_resume_at_every_batch_of_chats(source, tmp_path, record_property):
+    """Across epochs and the border of two stages, of which the first leaves long chats out."""
+    config = DataConfig(source=str(source), format="chat", thinking="high", held_out_fraction=0.1)
+    corpus = prepare_corpus(config, vocab_size=VOCAB_SIZE, workdir=tmp_path)
+    stages = [StageConfig(tokens=10 * 384, seq_len=96, batch_tokens=384),
+              StageConfig(tokens=1, seq_len=512, batch_tokens=1024)]
+    assert not fitting(corpus.train, 96).all()
+    iterator = make_train_iterator(corpus, config, stages)
+    states, batches, resumes, ahead = [], [], 40, 9
+    for _ in range(resumes + ahead):
+        states.append(iterator.get_state())
+        batches.append(next(iterator))
+    for step, state in enumerate(states[:resumes]):
+        iterator.set_state(json.loads(json.dumps(state)))
+        for batch in batches[step : step + ahead]:
+            again = next(iterator)
+            assert batch.keys() == again.keys()
+            for name in batch:
+                np.testing.assert_array_equal(again[name], batch[name])
+    record_property(F4, resumes)
 
 
 def test_the_encoded_chats_are_kept(source, tmp_path):

@@ -17,12 +17,14 @@ from tiny_models import TOKENIZER, write_saved, write_workdir
 
 from dsv4_jax import InputError, load_pretrained
 from dsv4_jax.init_from import adopt_model, load_weights, model_of
+from dsv4_jax.log import METRICS_FILE
 from dsv4_jax.manifest import MANIFEST_FILE
 from dsv4_jax.model import param_shapes
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.served_model import check_model, open_model
 from dsv4_jax.tokenizer import TOKENIZER_FILE
 from dsv4_jax.train import train
+from dsv4_jax.train_step import HELD_OUT
 
 STAGE = {"tokens": 128, "seq_len": 64, "batch_tokens": 128}
 STAGES = {
@@ -96,6 +98,9 @@ def test_weights_are_those_of_the_folder_in_float32(folder):
 def test_all_stages_go_on_from_a_trained_model(folder, chats, tmp_path):
     """Who rests in the first ones is bit by bit as it was; the end can be used, and goes on."""
     config, printed, workdir = run_of(folder, chats), io.StringIO(), tmp_path / "run"
+    workdir.mkdir()
+    # Of a try with another model, which ended before it had a checkpoint.
+    (workdir / METRICS_FILE).write_text(json.dumps({"step": 0, HELD_OUT: 1.0}) + "\n")
     with contextlib.redirect_stdout(printed):
         train(config, workdir, init_from=folder)
     given = flatten_dict(load_weights(check_model(folder), None), sep="/")
@@ -116,6 +121,8 @@ def test_all_stages_go_on_from_a_trained_model(folder, chats, tmp_path):
     assert open_model(workdir).tokenizer.specification == TOKENIZER.specification
     # One score of the model before it is trained on, and one at the end of each stage.
     assert printed.getvalue().count("held-out text: ") == 1 + len(STAGES)
+    first = json.loads((workdir / METRICS_FILE).read_text().splitlines()[0])
+    assert first["step"] == 0 and first[HELD_OUT] != 1.0
     prompt, _, reply = (workdir / "sample.txt").read_text().partition("\n\n")
     assert prompt == config.train.sample_prompt and "\n\n" not in reply
     # It goes on without the weights that it started with, and has a model of its own.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import re
 import signal
@@ -22,6 +24,10 @@ from training_command import (
     write_text,
 )
 
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train import train
+
+F14 = "F14: the same run again, in this process or another, with and without its programs"
 pytestmark = [pytest.mark.faults, pytest.mark.heavy]
 
 STOP_WITHIN = 15  # seconds
@@ -114,8 +120,22 @@ def test_sigterm_and_sigint_save_and_end_well(folder, sections, straight, record
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_equal_commands_give_equal_bits(cached, folder, sections, straight, tmp_path):
+@pytest.mark.parametrize("number", range(cases(1, 5)))
+def test_equal_commands_give_equal_bits(
+    number, cached, folder, sections, straight, tmp_path, record_property
+):
     """Each run is a process of its own; one has the other's compiled programs, one has none."""
     compiled = folder / "compiled" if cached else tmp_path / "compiled"
     finish(start(sections, tmp_path / "run", compiled))
     assert result_of(tmp_path / "run") == straight
+    record_property(F14, 1)
+
+
+@pytest.mark.parametrize("number", range(cases(1, 5)))
+def test_equal_runs_of_one_process_give_equal_bits(number, folder, tmp_path, record_property):
+    config = RunConfig.from_config_dict(sections_of(folder / "text.txt", steps=30))
+    for name in ("first", "second"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(config, tmp_path / name)
+    assert result_of(tmp_path / "first") == result_of(tmp_path / "second")
+    record_property(F14, 1)

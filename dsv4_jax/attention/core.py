@@ -271,10 +271,12 @@ def _to_blocks(
     """Cut rows into blocks of the window's length, or take a shorter row as one block.
 
     A block sees its own keys and those before it: the preceding block's, or the earlier ones.
+    Before the only block of a row is nothing, unless there are earlier keys.
     """
     b, t = q.shape[:2]
     block = min(window, t)
     z = math.ceil(t / block)
+    alone = z == 1 and earlier is None
     if earlier is None:
         nothing = jnp.zeros((b, block, keys.shape[2]), keys.dtype)
         earlier = Earlier(nothing, jnp.full((b, block), -1), jnp.zeros(b, jnp.int32))
@@ -286,6 +288,8 @@ def _to_blocks(
 
     def with_predecessor(x, first):
         x, first = to_blocks(x), first[:, None]
+        if alone:
+            return x
         before = first if z == 1 else jnp.concatenate([first, x[:, :-1]], axis=1)
         return jnp.concatenate([before, x], axis=2)
 
