@@ -351,6 +351,7 @@ def run_attention() -> list[Curve]:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
+    """Draw the curves of a part."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -358,8 +359,10 @@ def draw(curves: list[Curve], path: Path) -> None:
     for curve in curves:
         held_out.plot(curve.steps, curve.bits, label=curve.name)
         training.plot(np.arange(1, len(curve.losses) + 1), curve.losses, linewidth=0.7)
-    held_out.set(xlabel="step", ylabel="held-out bits per byte", yscale="log")
-    training.set(xlabel="step", ylabel="training loss, nats per token")
+    for axes, name in ((held_out, "held-out bits per byte"), (training, "training loss, nats")):
+        axes.set(xlabel="step", ylabel=name)
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom, min(top, 1.5 * axes.lines[0].get_ydata()[0]))  # blow-ups leave it
     held_out.legend(fontsize="small")
     write_figure(figure, str(path), "output")
 
