@@ -17,12 +17,21 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 
 from dsv4_jax import programs
 from dsv4_jax.cli import read_config_file
+from dsv4_jax.flops import count_flops
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
+from dsv4_jax.train_step import (
+    MODEL_INPUTS,
+    abstract_state,
+    make_routing,
+    make_train_step,
+    optimizer_flops,
+)
 
 STEPS = flags.DEFINE_integer("steps", 300, "Steps of each run.", lower_bound=100)
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 1024, "Tokens of a step.", lower_bound=256)
@@ -124,6 +133,19 @@ def main(argv):
     active, usual = (statistics.median(times[key]) for key in (True, False))
     print(f"\na step with anticipatory routing takes {active / usual:.2f} of the usual time "
           f"({len(times[True])} steps, medians {active * 1e3:.0f} and {usual * 1e3:.0f} ms)")
+    print_work(run_config(guard=True))
+
+
+def print_work(config: RunConfig) -> None:
+    """Print how many operations it takes to choose the experts of a batch."""
+    (stage,), state = config.stages, abstract_state(config)
+    tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
+    batch = dict.fromkeys(MODEL_INPUTS, tokens)
+    routing = count_flops(make_routing(config, stage), state.params, batch).matmul
+    step = count_flops(make_train_step(config, stage), state, batch).matmul
+    passes = step - optimizer_flops(config, stage)
+    print(f"choosing the experts of a batch takes {routing / 1e9:.1f} GFLOP, {routing / step:.1%} "
+          f"of a step's and {routing / passes:.1%} of those of its forward and backward passes")
 
 
 if __name__ == "__main__":
