@@ -220,8 +220,6 @@ def test_a_step_uses_the_experts_that_it_is_given(tmp_path):
 
 STEPS, EVERY, ROUTED = 70, 5, 12
 RANDOM, SCALED, FAST = "random tokens", "scaled batch", "high learning rate"
-
-
 HIGH = 3.0  # learning rate, a hundred times the usual
 
 
