@@ -44,7 +44,13 @@ from dsv4_jax.params import constant, param
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sizes import count_params
 from dsv4_jax.tokenized import TokenizedCorpus, prepare_corpus
-from dsv4_jax.train_step import MODEL_INPUTS, init_state, make_evaluation, make_train_step
+from dsv4_jax.train_step import (
+    MODEL_INPUTS,
+    abstract_inputs,
+    init_state,
+    make_evaluation,
+    make_train_step,
+)
 
 PARTS = flags.DEFINE_list("parts", ["optimizer", "residual", "attention"], "Which to run.")
 STEPS = flags.DEFINE_integer("steps", 300, "Optimizer steps of each run.", lower_bound=20)
@@ -143,8 +149,7 @@ def train(name: str, config: RunConfig) -> Curve:
     evaluated, losses, norms = [], [], []
     for stage in config.stages:
         step, seconds = make_train_step(config, stage), []
-        tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
-        gflop = count_flops(step, state, dict.fromkeys(MODEL_INPUTS, tokens)).matmul / 1e9
+        gflop = count_flops(step, state, abstract_inputs(stage)).matmul / 1e9
         step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
         nats = jax.jit(make_evaluation(config, stage), compiler_options=compiler_options())
         held_out = held_out_batches(corpus, config.data, seq_len=stage.seq_len, rows=stage.rows)
@@ -314,34 +319,29 @@ def run_residual() -> list[Curve]:
 
 def run_attention() -> list[Curve]:
     """Print the hybrid beside full attention and return the curves."""
-    hybrid = config_of({}, rate=ATTENTION_RATES[0], seq_len=1024)
-    layers = len(hybrid.model.layer_types)
-    changes = {"layer_types": ("window",) * layers, "sliding_window": 1024}
-    wanted = count_params(hybrid.model).total
 
-    def full_of(width: int) -> RunConfig:
-        changed = changes | {"moe_intermediate_size": width}
-        return config_of(changed, rate=ATTENTION_RATES[0], seq_len=1024)
+    def at(rate: float, **changes) -> RunConfig:
+        return config_of(changes, rate=rate, seq_len=1024)
 
-    full = min(
-        map(full_of, range(96, 160, 2)),
-        key=lambda config: abs(count_params(config.model).total - wanted),
+    def parameters(**changes) -> int:
+        return count_params(at(ATTENTION_RATES[0], **changes).model).total
+
+    wanted, layers = parameters(), len(at(ATTENTION_RATES[0]).model.layer_types)
+    full = {"layer_types": ("window",) * layers, "sliding_window": 1024}
+    full["moe_intermediate_size"] = min(
+        range(96, 160, 2),
+        key=lambda width: abs(parameters(**full, moe_intermediate_size=width) - wanted),
     )
-    configs = {
-        "full": full, "hybrid, dense": hybrid, "hybrid, to sparse": brought_to_sparse(hybrid),
+    sizes = {
+        "full": parameters(**full), "hybrid, dense": wanted, "hybrid, to sparse": wanted,
     }
     curves = {}
-
-    def run_at(name: str, rate: float) -> None:
-        optimizer = dataclasses.replace(configs[name].optimizer, learning_rate=rate)
-        config = dataclasses.replace(configs[name], optimizer=optimizer)
-        curves[name, rate] = train(f"{name}, {rate:g}", config)
-
-    for name in ("full", "hybrid, dense"):
+    for name, changes in (("full", full), ("hybrid, dense", {})):
         for rate in ATTENTION_RATES:
-            run_at(name, rate)
-    run_at(
-        "hybrid, to sparse", min(ATTENTION_RATES, key=lambda r: curves["hybrid, dense", r].best)
+            curves[name, rate] = train(f"{name}, {rate:g}", at(rate, **changes))
+    rate = min(ATTENTION_RATES, key=lambda rate: curves["hybrid, dense", rate].best)
+    curves["hybrid, to sparse", rate] = train(
+        f"hybrid, to sparse, {rate:g}", brought_to_sparse(at(rate))
     )
     target = min(curves["full", rate].best for rate in ATTENTION_RATES)
     print("| attention | learning rate | parameters | held-out bits per byte | steps to full "
@@ -349,7 +349,7 @@ def run_attention() -> list[Curve]:
     for (name, rate), curve in curves.items():
         needed = curve.steps_to(target)
         print(
-            f"| {name} | {rate:g} | {count_params(configs[name].model).total:,} | "
+            f"| {name} | {rate:g} | {sizes[name]:,} | "
             f"{curve.bits[-1]:.3f} | {'never' if needed is None else f'{needed:.0f}'} | "
             f"{curve.gflop:.1f} | {curve.seconds * 1e3:.0f} |"
         )

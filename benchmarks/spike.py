@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 
 from dsv4_jax import programs
@@ -26,7 +25,7 @@ from dsv4_jax.flops import count_flops
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
 from dsv4_jax.train_step import (
-    MODEL_INPUTS,
+    abstract_inputs,
     abstract_state,
     make_routing,
     make_train_step,
@@ -139,8 +138,7 @@ def main(argv):
 def print_work(config: RunConfig) -> None:
     """Print how many operations it takes to choose the experts of a batch."""
     (stage,), state = config.stages, abstract_state(config)
-    tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
-    batch = dict.fromkeys(MODEL_INPUTS, tokens)
+    batch = abstract_inputs(stage)
     routing = count_flops(make_routing(config, stage), state.params, batch).matmul
     step = count_flops(make_train_step(config, stage), state, batch).matmul
     passes = step - optimizer_flops(config, stage)

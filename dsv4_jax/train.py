@@ -31,7 +31,7 @@ from dsv4_jax.skips import SkipWatch
 from dsv4_jax.spikes import Spike, SpikeGuard
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
-from dsv4_jax.train_step import MODEL_INPUTS, Skips, TrainState, abstract_state, init_state
+from dsv4_jax.train_step import Skips, TrainState, abstract_inputs, abstract_state, init_state
 from dsv4_jax.wandb_log import WandbLog, check_wandb
 
 ANTICIPATORY = "anticipatory_routing"  # name of a metric: whether a step had it
@@ -242,11 +242,9 @@ def _restore_routed(
     stage, sharding = _stage_of(run.config, first + 1), SingleDeviceSharding(jax.devices()[0])
     if run.mesh is not None:
         sharding = batch_sharding(run.mesh, stage.rows)
-    tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
-    batch = dict.fromkeys(MODEL_INPUTS, tokens)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(routing_of(run, stage), state.params, batch),
+        jax.eval_shape(routing_of(run, stage), state.params, abstract_inputs(stage)),
     )
     return checkpoints.restore_routed([like] * count)
 

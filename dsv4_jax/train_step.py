@@ -121,6 +121,12 @@ def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     )
 
 
+def abstract_inputs(stage: StageConfig) -> Batch:
+    """Return the shapes and dtypes of what the model reads of a stage's batch."""
+    tokens = jax.ShapeDtypeStruct((stage.rows, stage.seq_len), jnp.int32)
+    return dict.fromkeys(MODEL_INPUTS, tokens)
+
+
 def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     """Return the placement of a state: the optimizer's moments lie as their parameters do."""
     if mesh is None:

@@ -287,9 +287,10 @@ def _to_blocks(
         return x.reshape(b, z, block, *x.shape[2:])
 
     def with_predecessor(x, first):
-        x, first = to_blocks(x), first[:, None]
+        x = to_blocks(x)
         if alone:
             return x
+        first = first[:, None]
         before = first if z == 1 else jnp.concatenate([first, x[:, :-1]], axis=1)
         return jnp.concatenate([before, x], axis=2)
 
