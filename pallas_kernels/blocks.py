@@ -1,0 +1,23 @@
+"""Sizes of blocks, and arrays filled up to whole ones."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from dsv4_jax.shapes import Array
+from pallas_kernels.index_math import cdiv
+
+
+def largest_block(length: int, most: int, unit: int) -> int:
+    """Return the largest of most, most / 2, ... unit that divides length rounded up to units."""
+    whole = cdiv(length, unit) * unit
+    block = most
+    while block > unit and whole % block:
+        block //= 2
+    return block
+
+
+def pad_axes(x: Array, multiples: dict[int, int]) -> Array:
+    """Fill axes up with zeros to multiples, given by axis."""
+    missing = [-size % multiples.get(axis, 1) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, [(0, n) for n in missing]) if any(missing) else x

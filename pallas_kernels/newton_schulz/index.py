@@ -1,0 +1,42 @@
+"""Which tile of a symmetric product each step of a grid computes: those of one triangle."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pallas_kernels.index_math import Index, where
+
+
+class Triangle(NamedTuple):
+    """The tiles (i, j), i >= j, of a square of `tiles` by `tiles`, and a rectangle to hold them.
+
+    The first half of the triangle's columns lie in the rectangle as they are. The others fill what
+    is free above these, turned by a quarter.
+    """
+
+    tiles: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the rectangle, which has one place for each tile."""
+        half = (self.tiles + 1) // 2
+        return 2 * half + 1 - 2 * self._odd, half
+
+    @property
+    def _odd(self) -> int:
+        return self.tiles % 2
+
+    def tile(self, row: Index, column: Index) -> tuple[Index, Index]:
+        """Return the tile at a place of the rectangle."""
+        half, odd = self.grid[1], self._odd
+        in_place = row + odd > column
+        return (
+            where(in_place, row + odd - 1, half + column - odd),
+            where(in_place, column, half + row),
+        )
+
+    def place(self, i: Index, j: Index) -> tuple[Index, Index]:
+        """Return the place of a tile: `tile` the other way round."""
+        half, odd = self.grid[1], self._odd
+        in_place = j < half
+        return where(in_place, i + 1 - odd, j - half), where(in_place, j, i - half + odd)
