@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "remat": False,
             "moe": "auto",
+            "kernels": "auto",
             "scan_unroll": 1,
             "linears": "plain",
             "keys": "plain",

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "remat": True,
             "moe": "auto",
+            "kernels": "auto",
             "scan_unroll": 1,
             "linears": "fp8",  # "the FP8 training framework" of V3; details are unpublished
             "keys": "plain",  # unpublished for pre-training; "fp8" after it

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.errors import InputError
+from pallas_kernels.implementation import check_choices
 
 WINDOW, CSA, HCA = "window", "csa", "hca"
 HASH, LEARNED = "hash", "learned"
@@ -122,6 +123,7 @@ class Runtime:
     csa: str = "sparse"  # CSA attends to "sparse" top-k entries or is "dense" over the visible
     index_learns: bool = False  # training: compare index scores with the attention of entries
     moe: str = "auto"  # grouped expert products: "auto", "blocks" or "ragged"
+    kernels: str = "auto"  # "auto": the device's where they pay, "xla": none; also by operation
     scan_unroll: int = 1  # layer pairs in one step of the scan over depth
     linears: str = PLAIN  # factors of products rounded to "fp8", or experts' weights to "fp4" too
     keys: str = PLAIN  # keys and compressed entries rounded to "fp8", as served
@@ -154,6 +156,10 @@ class Runtime:
         check_choice("Runtime.keys", self.keys, (PLAIN, FP8))
         check_choice("Runtime.indexer", self.indexer, (PLAIN, FP4))
         check_choice("Runtime.cache", self.cache, CACHE_FORMATS)
+        try:
+            check_choices(self.kernels)
+        except ValueError as error:
+            raise InputError(f"Runtime.kernels: {error}") from None
         if self.scan_unroll < 1:
             raise InputError(f"Runtime.scan_unroll: expected at least 1, got {self.scan_unroll}")
 

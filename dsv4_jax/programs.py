@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -18,11 +17,13 @@ from dsv4_jax.sharding import replicated
 from dsv4_jax.terminal import say, timed
 from dsv4_jax.train_step import (
     TrainState,
+    as_counted,
     make_routing,
     make_train_step,
     optimizer_flops,
     state_shardings,
 )
+from pallas_kernels.implementation import any_kernel
 
 
 class Programs:
@@ -77,11 +78,9 @@ def compile_step(
     )
     with timed("compiling the training step"):
         traced = step.trace(*described)
-        if run.config.runtime.remat:
-            # What is computed again is no progress.
-            stored = dataclasses.replace(run.config.runtime, remat=False)
-            config = dataclasses.replace(run.config, runtime=stored)
-            flops = count_flops(make_train_step(config, stage, run.mesh), *described)
+        if run.config.runtime.remat or any_kernel(run.config.runtime.kernels):
+            counted = make_train_step(as_counted(run.config), stage, run.mesh)
+            flops = count_flops(counted, *described)
         else:
             flops = flops_of(traced.jaxpr)
         compiled = traced.lower().compile()

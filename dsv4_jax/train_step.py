@@ -36,6 +36,7 @@ from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
 from dsv4_jax.schedule import by_layer
 from dsv4_jax.shapes import Array, Float, Int
 from dsv4_jax.sharding import replicated, shardings_of
+from pallas_kernels.implementation import XLA, implementation_of
 
 # "tokens", if packed "segment_ids" and "positions", and of chats "loss_mask": int32 [b, t];
 # "experts" as `make_routing` returns them, for anticipatory routing
@@ -331,11 +332,22 @@ def _optimizer_of(
     config: RunConfig, learners: Collection[str] = LEARNERS
 ) -> optax.GradientTransformationExtraArgs:
     kinds = split_trainable(kinds_of(param_shapes(config.model)))[0]
-    return make_optimizer(config.optimizer, kinds, learners)
+    # A kernel would gather what is sharded.
+    choices = config.runtime.kernels if config.mesh.devices == 1 else XLA
+    return make_optimizer(
+        config.optimizer, kinds, learners, implementation_of("newton_schulz", choices)
+    )
+
+
+def as_counted(config: RunConfig) -> RunConfig:
+    """Return the run whose operations count: none done twice, none inside a kernel."""
+    runtime = dataclasses.replace(config.runtime, remat=False, kernels=XLA)
+    return dataclasses.replace(config, runtime=runtime)
 
 
 def optimizer_flops(config: RunConfig, stage: StageConfig) -> int:
     """Return the operations in matrix products of one update, which are all Muon's."""
+    config = as_counted(config)
     shapes = _state_shapes(config)
     trainable = split_trainable(shapes.params)[0]
     update = functools.partial(_optimizer_of(config, learners_of(stage)).update, learning_rate=1.0)

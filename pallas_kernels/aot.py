@@ -1,9 +1,11 @@
 """Compile for accelerators that are not here, and read what their compilers say of a kernel.
 
+`python -m pallas_kernels.aot` prints a table of every kernel at the shapes of released models.
+
 JAX compiles for a described device as for a present one. For a GPU the compiler leaves PTX, which
 `ptxas` assembles with a count of registers and spills. For a TPU it leaves its schedule: how many
-bundles of instructions, each of one cycle, a step of the grid takes if it waits for no memory, and
-how many of these keep each unit busy. That is the compiler's account, not a measurement.
+bundles of instructions the kernel has, of at least a cycle each; most are those of a step of the
+grid, unless it loops. That is the compiler's account, not a measurement.
 
 Needs the extra `aot`.
 """
@@ -12,12 +14,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +28,14 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.target import compiling_for
+from pallas_kernels.case import Case
+from pallas_kernels.newton_schulz import cases as newton_schulz
+from pallas_kernels.target import GPU, TPU, compiling_for
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 GPUS = ("h100", "b200")
 TARGETS = (*TPUS, *GPUS)
+CASES = (newton_schulz,)
 
 # Read when the TPU compiler is first used in a process.
 _TPU_DUMPS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -42,8 +48,7 @@ class KernelReport(NamedTuple):
     memory: int  # bytes of VMEM on a TPU, of shared memory for one program on a GPU
     spills: int  # on a TPU stores of registers that were wanted for others, on a GPU their bytes
     registers: int | None  # of a thread; GPU
-    bundles: int | None  # of all code, each a cycle; TPU
-    matrix_busy: float | None  # share of the matrix units' slots in these that are used; TPU
+    bundles: int | None  # of all its code, of at least a cycle each; TPU
 
 
 class Compiled(NamedTuple):
@@ -64,21 +69,20 @@ def compile_for(target: str, function: Callable, *arguments: jax.ShapeDtypeStruc
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
-    with tempfile.TemporaryDirectory() as folder, compiling_for(device):
-        on_gpu = target in GPUS
-        platform, options = ("cuda", {"xla_dump_to": folder}) if on_gpu else ("tpu", None)
+    platform = "cuda" if target in GPUS else "tpu"
+    with compiling_for(device):
         lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,))
-        before = set(_tpu_dumps().iterdir()) if not on_gpu else None
+    with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        lowered.compile(compiler_options=options)
+        lowered.compile(compiler_options={"xla_dump_to": folder} if target in GPUS else None)
         seconds = time.perf_counter() - start
-        if on_gpu:
+        if target in GPUS:
             return Compiled(seconds, _gpu_reports(Path(folder)))
-        dumps = set(_tpu_dumps().iterdir()) - before
-        reports = _tpu_reports(dumps)
-        for path in dumps:
-            path.unlink()
-        return Compiled(seconds, reports)
+    dumps = list(_tpu_dumps().iterdir())
+    reports = _tpu_reports(dumps)
+    for path in dumps:
+        path.unlink()
+    return Compiled(seconds, reports)
 
 
 @functools.cache
@@ -103,25 +107,22 @@ def _tpu_dumps() -> Path:
 
 def _gpu_reports(folder: Path) -> tuple[KernelReport, ...]:
     launches = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
-    shared = {
-        name: int(size)
-        for name, size in re.findall(r"CustomKernel.*?\] (\S+) grid:.*?shared_memory: (\d+)", launches)
-    }
+    shared = dict(
+        re.findall(r"CustomKernel.*?\] (\S+) grid:.*?shared_memory: (\d+)", launches)
+    )
     reports = []
-    for ptx in sorted(folder.glob("*.ptx")):
-        text = ptx.read_text()
-        for name in re.findall(r"\.entry (\w+)\(", text):
-            if name in shared:
-                said = _assemble(ptx, re.search(r"\.target (\w+)", text)[1], name)
-                registers = int(re.search(r"Used (\d+) registers", said)[1])
-                spills = int(re.search(r"(\d+) bytes spill stores", said)[1])
-                reports.append(
-                    KernelReport(name, shared[name], spills, registers, None, None)
-                )
+    for path in sorted(folder.glob("*.ptx")):
+        text = path.read_text()
+        for name in set(re.findall(r"\.entry (\w+)\(", text)) & set(shared):
+            said = _assemble(path, re.search(r"\.target (\w+)", text)[1], name)
+            spills = int(re.search(r"(\d+) bytes spill stores", said)[1])
+            registers = int(re.search(r"Used (\d+) registers", said)[1])
+            reports.append(KernelReport(name, int(shared[name]), spills, registers, None))
     return tuple(reports)
 
 
 def _assemble(ptx: Path, architecture: str, name: str) -> str:
+    """Return what `ptxas` says of an entry function."""
     root = Path(importlib.util.find_spec("nvidia").submodule_search_locations[0])
     (ptxas,) = root.glob("*/bin/ptxas")
     command = [ptxas, "-v", f"-arch={architecture}", ptx, "-o", ptx.with_suffix(".cubin")]
@@ -129,28 +130,68 @@ def _assemble(ptx: Path, architecture: str, name: str) -> str:
     return said[said.index(f"'{name}'") :]
 
 
-def _tpu_reports(dumps: Sequence[Path]) -> tuple[KernelReport, ...]:
+def _tpu_reports(dumps: Collection[Path]) -> tuple[KernelReport, ...]:
+    files = {re.sub(r"^\d+-", "", path.name): path for path in dumps}  # begin with a time
     reports = []
-    for path in sorted(dumps):
-        found = re.match(r"\d+-(.*)-\d+-final_hlo-static-per-bundle-utilization\.txt", path.name)
-        if not found or found[1].startswith(("<late", "TLP")):
+    for file, path in sorted(files.items()):
+        found = re.fullmatch(r"([a-z]\w*\.\d+)-\d+-final_hlo-static-per-bundle-.*", file)
+        if not found:
             continue
-        units, used, bundles = _utilization(path.read_text())
-        original = next(p for p in dumps if re.fullmatch(rf"\d+-{re.escape(found[1])}-02-original\.txt", p.name))
-        sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", original.read_text())
-        reports.append(
-            KernelReport(
-                re.sub(r"\.\d+$", "", found[1]), sum(int(size, 16) for size in sizes),
-                used["VSTORE:SPILL"], None, bundles, used["MXU"] / (bundles * units["MXU"]),
-            )
-        )
+        kernel = found[1]
+        original = files[f"{kernel}-02-original.txt"].read_text()
+        sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", original)
+        spills, bundles = _schedule(path.read_text())
+        memory = sum(int(size, 16) for size in sizes)
+        reports.append(KernelReport(kernel.partition(".")[0], memory, spills, None, bundles))
     return tuple(reports)
 
 
-def _utilization(text: str) -> tuple[dict[str, int], dict[str, int], int]:
-    """Return the slots of each unit in a bundle, how many are used in all, and the bundles."""
-    _, names, capacity, _, *rows = text.splitlines()
-    names = names.split(", ")
-    columns = zip(*(map(int, row.split()) for row in rows), strict=True)
-    units = dict(zip(names, map(int, capacity.split()), strict=False))
-    return units, dict(zip(names, map(sum, columns), strict=False)), len(rows)
+def _schedule(text: str) -> tuple[int, int]:
+    """Return how often a register is spilled, and the number of bundles.
+
+    The text has the names of the units, their slots in a bundle and a line for each bundle.
+    """
+    _, names, _, _, *rows = text.splitlines()
+    place = names.split(", ").index("VSTORE:SPILL")
+    return sum(int(row.split()[place]) for row in rows), len(rows)
+
+
+def all_cases() -> Iterator[Case]:
+    """Yield the cases of every operation."""
+    for module in CASES:
+        yield from module.cases()
+
+
+def rows(case: Case, target: str) -> Iterator[str]:
+    """Compile a case for a target and yield a row of the table for each of its kernels.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the device's compiler refuses it.
+    """
+    implementation = GPU if target in GPUS else TPU
+    seconds, kernels = compile_for(target, case.run(implementation), *case.arguments)
+    for name, memory, spills, registers, bundles in kernels:
+        said = [registers, bundles, spills]
+        said = " | ".join("" if x is None else f"{x:,}" for x in said)
+        yield (
+            f"| {case.operation} | {case.name} | {target} | {name} | {seconds:.1f} | "
+            f"{memory / 1024:,.0f} | {said} |"
+        )
+
+
+HEADING = (
+    "| operation | case | target | kernel | compile, s | VMEM or shared memory, KiB | registers | "
+    "bundles | spills |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    """Print what the compilers say of every kernel."""
+    print(HEADING)
+    for case, target in itertools.product(all_cases(), TARGETS):
+        for row in rows(case, target):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

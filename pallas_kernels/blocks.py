@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import Array
 
-from dsv4_jax.shapes import Array
 from pallas_kernels.index_math import cdiv
 
 

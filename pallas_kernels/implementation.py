@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from dsv4_jax.errors import InputError
 from pallas_kernels.target import GPU, TPU, target_platform
 
 AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
+OPERATIONS = ("newton_schulz",)
 
 
 def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> str:
     """Return "xla", "gpu" or "tpu".
 
     "auto" takes the kernel of the platform that the program is made for, if there is one and it is
-    worthwhile. A named implementation is taken wherever it is asked for; where a kernel is not at
-    home it is interpreted, which is slow.
+    worthwhile. A named implementation is taken wherever it is asked for; a kernel that is not at
+    home there is interpreted, which is slow.
 
     Raises:
-      InputError: there is no such implementation.
+      ValueError: there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise InputError(
+        raise ValueError(
             f"{operation}: expected implementation to be one of {', '.join(IMPLEMENTATIONS)}, "
             f"got {implementation!r}"
         )
@@ -28,3 +28,38 @@ def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> s
         return implementation
     platform = target_platform()
     return platform if worthwhile and platform in (GPU, TPU) else XLA
+
+
+def implementation_of(operation: str, choices: str) -> str:
+    """Return the implementation of an operation that was chosen.
+
+    Args:
+      choices: an implementation for all operations, then perhaps others for some, as in
+        "auto,newton_schulz=xla".
+    """
+    general, *others = choices.split(",")
+    return dict(other.split("=") for other in others).get(operation, general)
+
+
+def check_choices(choices: str) -> None:
+    """Check an argument of `implementation_of`.
+
+    Raises:
+      ValueError: it names an operation or an implementation that there is not.
+    """
+    general, *others = choices.split(",")
+    named = [(None, general), *(other.split("=", 1) for other in others if "=" in other)]
+    if (
+        len(named) <= len(others)
+        or not {operation for operation, _ in named[1:]} <= set(OPERATIONS)
+        or not {implementation for _, implementation in named} <= set(IMPLEMENTATIONS)
+    ):
+        raise ValueError(
+            f"expected one of {', '.join(IMPLEMENTATIONS)}, then perhaps others for operations as "
+            f"in 'auto,{OPERATIONS[0]}=xla' (there are {', '.join(OPERATIONS)}), got {choices!r}"
+        )
+
+
+def any_kernel(choices: str) -> bool:
+    """Say whether an operation may run as a kernel in a program for this platform."""
+    return any(choose(name, implementation_of(name, choices)) != XLA for name in OPERATIONS)

@@ -1,7 +1,7 @@
 """Arithmetic for indices that runs on integers, on traced values and on symbols alike.
 
 Kernels compute grids, block indices, loop bounds and masks by functions of plain operators and of
-these. `pallas_kernels.prove` evaluates the very same functions over symbols, for all shapes at once.
+these. `pallas_kernels.prove` evaluates the very same functions over symbols: for all shapes.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Prove statements about index functions for all shapes at once, with the solver Z3.
 
-A `Symbol` stands for any int32 of a range. Python's operators and `index_math` work on it as they
-do on integers, so that a kernel's own functions, given symbols, return what they would compute.
-Everything computed on the way is remembered: that none of it leaves int32 is one of the statements.
+A `Symbol` stands for any integer of a range. Python's operators and `index_math` work on it as they
+do on numbers, so that a kernel's own functions, given symbols, return what they would compute. All
+that is computed on the way is remembered: that int32 holds it is one of the statements.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import z3
@@ -16,6 +15,7 @@ import z3
 from pallas_kernels.index_math import where
 
 SMALLEST, LARGEST = -(2**31), 2**31 - 1
+GRID_LIMIT = 2**16 - 1  # steps of the second and third axis of a CUDA grid
 TIME_LIMIT_S = 5.0
 
 
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
         if self.counterexample is None:
             return f"no answer within {TIME_LIMIT_S:g} s"
         found = ", ".join(f"{name} = {value}" for name, value in self.counterexample.items())
-        return f"REFUTED by {found}"
+        return f"refuted by {found}"
 
 
 class Condition:
@@ -54,112 +54,142 @@ class Condition:
         return Condition(z3.Not(self.term), self.proof)
 
     def implies(self, other: Condition | bool) -> Condition:
+        """Return whether the other holds wherever this one does."""
         return Condition(z3.Implies(self.term, _term(other)), self.proof)
 
     def same_as(self, other: Condition | bool) -> Condition:
+        """Return whether both hold or neither."""
         return Condition(self.term == _term(other), self.proof)
 
     def __bool__(self) -> bool:
-        raise TypeError("a symbolic condition has no truth of its own: use index_math.where, &, |, ~")
+        raise TypeError("a condition on symbols is neither true nor false: use where, &, | and ~")
 
 
 class Symbol:
     """An integer expression over variables."""
 
+    __hash__ = None
+
     def __init__(self, term: z3.ArithRef, proof: Proof):
         self.term, self.proof = term, proof
 
-    def _computed(self, term: z3.ArithRef) -> Symbol:
-        return self.proof.computed(term)
+    def __add__(self, other: Symbol | int) -> Symbol:
+        return self.proof.compute(self.term + _term(other))
 
-    def __add__(self, other): return self._computed(self.term + _term(other))
-    def __radd__(self, other): return self._computed(_term(other) + self.term)
-    def __sub__(self, other): return self._computed(self.term - _term(other))
-    def __rsub__(self, other): return self._computed(_term(other) - self.term)
-    def __mul__(self, other): return self._computed(self.term * _term(other))
-    def __rmul__(self, other): return self._computed(_term(other) * self.term)
-    def __neg__(self): return self._computed(-self.term)
+    def __sub__(self, other: Symbol | int) -> Symbol:
+        return self.proof.compute(self.term - _term(other))
 
-    # For a divisor above 0 the solver's integer division rounds down, as Python's does.
-    def __floordiv__(self, other): return self._computed(self.term / _divisor(other))
-    def __mod__(self, other): return self._computed(self.term % _divisor(other))
+    def __rsub__(self, other: int) -> Symbol:
+        return self.proof.compute(other - self.term)
 
-    def __lt__(self, other): return Condition(self.term < _term(other), self.proof)
-    def __le__(self, other): return Condition(self.term <= _term(other), self.proof)
-    def __gt__(self, other): return Condition(self.term > _term(other), self.proof)
-    def __ge__(self, other): return Condition(self.term >= _term(other), self.proof)
-    def __eq__(self, other): return Condition(self.term == _term(other), self.proof)
-    def __ne__(self, other): return Condition(self.term != _term(other), self.proof)
+    def __mul__(self, other: Symbol | int) -> Symbol:
+        return self.proof.compute(self.term * _term(other))
 
-    __hash__ = None
+    __radd__, __rmul__ = __add__, __mul__
+
+    # The solver's division rounds down for a divisor above 0, as Python's does.
+
+    def __floordiv__(self, other: int) -> Symbol:
+        return self.proof.compute(self.term / _divisor(other))
+
+    def __mod__(self, other: int) -> Symbol:
+        return self.proof.compute(self.term % _divisor(other))
+
+    def __lt__(self, other: Symbol | int) -> Condition:
+        return Condition(self.term < _term(other), self.proof)
+
+    def __le__(self, other: Symbol | int) -> Condition:
+        return Condition(self.term <= _term(other), self.proof)
+
+    def __gt__(self, other: Symbol | int) -> Condition:
+        return Condition(self.term > _term(other), self.proof)
+
+    def __ge__(self, other: Symbol | int) -> Condition:
+        return Condition(self.term >= _term(other), self.proof)
+
+    def __eq__(self, other: Symbol | int) -> Condition:
+        return Condition(self.term == _term(other), self.proof)
+
+    def __ne__(self, other: Symbol | int) -> Condition:
+        return Condition(self.term != _term(other), self.proof)
 
 
 @where.register
-def _(condition: Condition, a, b):
+def _(condition: Condition, a: Symbol | int, b: Symbol | int) -> Symbol:
     return Symbol(z3.If(condition.term, _term(a), _term(b)), condition.proof)
 
 
 class Proof:
-    """Statements about one kernel's index functions."""
+    """Statements about the index functions of one kernel."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self._assumed: list[z3.BoolRef] = []
-        self._computed: list[z3.ArithRef] = []
+    def __init__(self, operation: str, kernel: str):
+        self.operation, self.kernel = operation, kernel
         self._variables: list[z3.ArithRef] = []
+        self._premises: list[z3.BoolRef] = []
+        self._computed: list[z3.ArithRef] = []
         self._statements: list[tuple[str, z3.BoolRef]] = []
 
-    def integer(self, name: str, low, high) -> Symbol:
-        """Return any integer from low to high, both included."""
+    def integer(self, name: str, low: Symbol | int, high: Symbol | int) -> Symbol:
+        """Return a symbol for any integer from low to high, both included."""
         variable = z3.Int(name)
+        if any(variable.eq(other) for other in self._variables):
+            raise ValueError(f"{self.operation}, {self.kernel}: two symbols are named {name!r}")
         self._variables.append(variable)
-        self._assumed += [variable >= _term(low), variable <= _term(high)]
+        self._premises += [variable >= _term(low), variable <= _term(high)]
         return Symbol(variable, self)
 
-    def computed(self, term: z3.ArithRef) -> Symbol:
-        """Return a result and remember that int32 must hold it."""
+    def assume(self, condition: Condition) -> None:
+        """Take for granted what callers of the kernel guarantee."""
+        self._premises.append(condition.term)
+
+    def compute(self, term: z3.ArithRef) -> Symbol:
+        """Return a result; that int32 holds it will be proved, too."""
         self._computed.append(term)
         return Symbol(term, self)
 
-    def assume(self, condition: Condition) -> None:
-        """Take for granted what the kernel's caller guarantees."""
-        self._assumed.append(condition.term)
-
-    def state(self, statement: str, condition: Condition | bool) -> None:
-        """Add what is to hold for all values of the symbols."""
-        self._statements.append((statement, _term(condition)))
+    def state(self, statement: str, condition: Condition) -> None:
+        """Add what is to hold whatever the symbols stand for."""
+        self._statements.append((statement, condition.term))
 
     def verdicts(self) -> list[Verdict]:
-        """Prove or refute each statement, and that int32 holds all that was computed."""
-        held = [z3.And(term >= SMALLEST, term <= LARGEST) for term in self._computed]
-        statements = [*self._statements, ("nothing overflows int32", z3.And(held))]
+        """Prove or refute every statement.
+
+        Raises:
+          ValueError: nothing fulfils the premises, from which anything would follow.
+        """
+        solver = z3.Solver()
+        solver.add(*self._premises)
+        if solver.check() != z3.sat:
+            raise ValueError(f"{self.operation}, {self.kernel}: nothing fulfils the premises")
+        held = z3.And([z3.And(x >= SMALLEST, x <= LARGEST) for x in self._computed])
+        statements = [*self._statements, ("nothing overflows int32", held)]
         return [self._decide(*statement) for statement in statements]
 
     def _decide(self, statement: str, claim: z3.BoolRef) -> Verdict:
         solver = z3.Solver()
         solver.set("timeout", round(TIME_LIMIT_S * 1000))
-        solver.add(*self._assumed, z3.Not(claim))
+        solver.add(*self._premises, z3.Not(claim))
         start = time.perf_counter()
         answer = solver.check()
         seconds = time.perf_counter() - start
         if answer == z3.unsat:
             return Verdict(statement, True, seconds)
-        found = None
-        if answer == z3.sat:
-            model = solver.model()
-            found = {
-                str(v): model.eval(v, model_completion=True).as_long() for v in self._variables
-            }
-        return Verdict(statement, False, seconds, found)
+        if answer == z3.unknown:
+            return Verdict(statement, False, seconds)
+        model = solver.model()
+        values = (model.eval(v, model_completion=True).as_long() for v in self._variables)
+        return Verdict(
+            statement, False, seconds, dict(zip(map(str, self._variables), values, strict=True))
+        )
 
 
-def _term(value) -> z3.ExprRef:
-    return value.term if isinstance(value, (Symbol, Condition)) else z3.BoolVal(value) if isinstance(
-        value, bool
-    ) else z3.IntVal(value)
+def _term(value: Symbol | Condition | int | bool) -> z3.ExprRef:
+    if isinstance(value, (Symbol, Condition)):
+        return value.term
+    return z3.BoolVal(value) if isinstance(value, bool) else z3.IntVal(value)
 
 
 def _divisor(value: int) -> z3.ArithRef:
     if not isinstance(value, int) or value <= 0:
-        raise TypeError(f"division of a symbol: expected an int above 0 to divide by, got {value!r}")
+        raise TypeError(f"expected an int above 0 to divide a symbol by, got {value!r}")
     return z3.IntVal(value)

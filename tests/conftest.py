@@ -15,6 +15,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 check_shapes()
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests have recorded of compiled kernels."""
+    passed = terminalreporter.getreports("passed")
+    rows = [row for report in passed for name, row in report.user_properties if name == "aot"]
+    if rows:
+        from pallas_kernels.aot import HEADING
+
+        terminalreporter.write_line("\n".join([HEADING, *rows]))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Drop what a file has compiled: gigabytes of programs slow down all that comes after."""

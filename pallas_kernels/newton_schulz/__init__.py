@@ -9,8 +9,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from dsv4_jax.shapes import Array, Float
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.newton_schulz import gpu, reference, tpu
 
@@ -28,7 +28,7 @@ def symmetric_product(
     Args:
       add: a symmetric matrix for each of the stack; only one triangle of it is read.
     Raises:
-      InputError: there is no such implementation.
+      ValueError: there is no such implementation.
     """
     worthwhile = min(x.shape[1:]) >= WORTHWHILE
     chosen = choose("newton_schulz", implementation, worthwhile=worthwhile)

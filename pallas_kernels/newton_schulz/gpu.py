@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
 
-from dsv4_jax.shapes import Array, Float
 from pallas_kernels.blocks import largest_block, pad_axes
 from pallas_kernels.newton_schulz.index import Triangle
 from pallas_kernels.target import GPU, target_platform
@@ -44,7 +44,7 @@ def symmetric_product(
 
         def step(k, total):
             part = pl.ds(k * depth, depth)
-            return total + pl.dot(left[:, part], right[:, part], trans_b=True)
+            return total + plgpu.dot(left[:, part], right[:, part], trans_b=True)
 
         total = jnp.zeros((block, block), jnp.float32)
         total = scale * jax.lax.fori_loop(0, x.shape[2] // depth, step, total)
@@ -56,15 +56,17 @@ def symmetric_product(
         out[down, across] = total
         out[across, down] = total.T
 
-    rows = pl.BlockSpec((None, block, x.shape[2]), lambda z, *p: (z, triangle.tile(*p)[0], 0))
-    columns = pl.BlockSpec((None, block, x.shape[2]), lambda z, *p: (z, triangle.tile(*p)[1], 0))
-    own = pl.BlockSpec((None, block, block), lambda z, *p: (z, *triangle.tile(*p)))
+    specs = (
+        pl.BlockSpec((None, block, x.shape[2]), triangle.left),
+        pl.BlockSpec((None, block, x.shape[2]), triangle.right),
+        pl.BlockSpec((None, block, block), triangle.own),
+    )
     whole = (stack, x.shape[1], x.shape[1])
     operands = (x, x) if add is None else (x, x, pad_axes(add, {1: block, 2: block}))
     out = pl.pallas_call(
         kernel,
         grid=(stack, *triangle.grid),
-        in_specs=(rows, columns, own)[: len(operands)],
+        in_specs=specs[: len(operands)],
         out_specs=pl.BlockSpec((None, *whole[1:]), lambda z, *_: (z, 0, 0)),
         out_shape=jax.ShapeDtypeStruct(whole, x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-
-from dsv4_jax.shapes import Array, Float
+from jaxtyping import Array, Float
 
 
 def symmetric_product(

@@ -1,4 +1,4 @@
-"""The symmetric product on TPU: one triangle of tiles, each copied to its place and its mirror's."""
+"""The symmetric product on TPU: a triangle of tiles, each copied to its place and its mirror."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
 
-from dsv4_jax.shapes import Array, Float
 from pallas_kernels.blocks import largest_block, pad_axes
 from pallas_kernels.newton_schulz.index import Triangle
 from pallas_kernels.target import TPU, target_platform
@@ -72,18 +72,10 @@ def symmetric_product(
 
             own.wait()
 
-    def rows(z, row, column, k):
-        return z, triangle.tile(row, column)[0], k
-
-    def columns(z, row, column, k):
-        return z, triangle.tile(row, column)[1], k
-
-    def tile(z, row, column, k):
-        return z, *triangle.tile(row, column)
-
     specs = (
-        pl.BlockSpec((None, block, depth), rows), pl.BlockSpec((None, block, depth), columns),
-        pl.BlockSpec((None, block, block), tile),
+        pl.BlockSpec((None, block, depth), triangle.left),
+        pl.BlockSpec((None, block, depth), triangle.right),
+        pl.BlockSpec((None, block, block), triangle.own),
     )
     operands = (x, x) if add is None else (x, x, pad_axes(add, {1: block, 2: block}))
     out = pl.pallas_call(

@@ -1,0 +1,38 @@
+"""Prove what is claimed of all kernels' index functions: `python -m pallas_kernels.verify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from pallas_kernels.newton_schulz import claims as newton_schulz
+from pallas_kernels.prove import Proof, Verdict
+
+CLAIMS = (newton_schulz,)
+
+
+def all_proofs() -> Iterator[Proof]:
+    """Yield what is claimed of every kernel."""
+    for claims in CLAIMS:
+        yield from claims.proofs()
+
+
+def table(verdicts: list[tuple[Proof, Verdict]]) -> str:
+    """Write verdicts as a table."""
+    lines = ["| operation | kernel | statement | verdict | s |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {proof.operation} | {proof.kernel} | {v.statement} | {v} | {v.seconds:.2f} |"
+        for proof, v in verdicts
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the table; return 1 if anything is not proved, else 0."""
+    verdicts = [(proof, verdict) for proof in all_proofs() for verdict in proof.verdicts()]
+    print(table(verdicts))
+    return int(not all(verdict.proved for _, verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""A training with kernels is the training without them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from compiling import quick_jit
+
+from dsv4_jax.run_config import RunConfig
+from dsv4_jax.train_step import init_state, make_train_step
+from pallas_kernels.implementation import OPERATIONS
+
+STEPS = 20
+ROUNDING = 1e-4  # ratio: float32 sums in another order, over 20 steps
+
+CONFIG = RunConfig.from_config_dict({
+    "model": {
+        "vocab_size": 32, "hidden_size": 16, "layer_types": ["window", "csa", "hca"],
+        "moe_types": ["hash", "learned", "learned"], "num_attention_heads": 4, "head_dim": 16,
+        "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8,
+        "sliding_window": 8, "csa_ratio": 4, "hca_ratio": 8, "index_n_heads": 16,
+        "index_head_dim": 16, "index_topk": 4, "yarn_original_positions": 16,
+        "max_position_embeddings": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "hc_mult": 2, "hc_sinkhorn_iters": 3,
+    },
+    "stages": {
+        "stage1": {
+            "tokens": STEPS * 64, "seq_len": 32, "batch_tokens": 64, "attention": "sparse",
+        },
+    },
+    "optimizer": {
+        "name": "muon", "learning_rate": 1e-2, "end_learning_rate": 1e-3, "warmup_steps": 2,
+        "decay_fraction": 0.5,
+    },
+    "train": {"eval_every": 10, "checkpoint_every": 10},
+})  # fmt: skip
+
+BATCH = {
+    "tokens": np.random.default_rng(0).integers(0, 32, (2, 32)).astype(np.int32),
+    "segment_ids": np.array([[1] * 19 + [2] * 13, [1] * 5 + [2] * 24 + [0] * 3], np.int32),
+}
+
+
+def losses(kernels: str) -> np.ndarray:
+    """Train on one batch of packed rows; return the loss of each step."""
+    config = dataclasses.replace(
+        CONFIG, runtime=dataclasses.replace(CONFIG.runtime, kernels=kernels)
+    )
+    state = init_state(config)
+    step = quick_jit(make_train_step(config, config.stages[0]))
+    values = []
+    for _ in range(STEPS):
+        state, metrics = step(state, BATCH)
+        values.append(float(metrics["loss"]))
+    return np.array(values)
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    values = losses("xla")
+    assert values[-1] < values[0]
+    return values
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kernel", ("gpu", "tpu"))
+@pytest.mark.parametrize("operation", (*OPERATIONS, "all"))
+def test_the_loss_of_20_steps_agrees(plain, kernel, operation):
+    kernels = kernel if operation == "all" else f"xla,{operation}={kernel}"
+    np.testing.assert_allclose(losses(kernels), plain, rtol=ROUNDING)
