@@ -1,0 +1,167 @@
+"""Gradients of keys and entries on GPU: a program for each tile of them, over the queries.
+
+A tile's rows are the rows of the matrix products, the heads of one query after the other their
+columns. Where tiles are few, several programs share the queries of one; their sums are added up
+in order, so that bits do not depend on which program is first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.blocks import pad_axes
+from pallas_kernels.index_math import cdiv
+from pallas_kernels.sparse_attention.gpu import LOG2_E
+from pallas_kernels.sparse_attention.index import Bits, Split, Window
+from pallas_kernels.sparse_attention.seen import Seen
+from pallas_kernels.target import GPU, target_platform
+
+
+class Tiles(NamedTuple):
+    """How the work is cut up."""
+
+    keys: int  # of a tile
+    heads: int  # of a query in one step
+    warps: int
+    stages: int  # steps whose loads are under way
+
+
+TILES = Tiles(64, 32, 8, 2)
+PROGRAMS = 264  # two for each of an H100's multiprocessors, to share them evenly
+
+
+class Rows(NamedTuple):
+    """What belongs to queries, as `gpu.query_gradient` takes it."""
+
+    q: Float[Array, "b t h k"]
+    grad: Float[Array, "b t h k"]
+    log_total: Float[Array, "b t h"]
+    drop: Float[Array, "b t h"]
+
+
+def key_gradient(
+    rows: Rows, keys: Float[Array, "b t k"], seen: Seen, *, window: int, scale: float
+) -> Float[Array, "b t k"]:
+    """Return the gradient of the keys that windows see."""
+    tokens, see = keys.shape[1], Window(window, TILES.keys)
+
+    def queries(tile):
+        return see.queries(tile, tokens)
+
+    def visible(query, tile, first_key_ref):
+        return see.seen_by(query, first_key_ref[query], _numbers(tile))
+
+    return _gradient(rows, keys, [seen.first_key], [], queries, visible, scale)
+
+
+def entry_gradient(
+    rows: Rows, entries: Float[Array, "b c k"], seen: Seen, *, scale: float
+) -> Float[Array, "b c k"]:
+    """Return the gradient of the entries."""
+    count = entries.shape[1]
+    tile_first = jnp.arange(cdiv(count, TILES.keys)) * TILES.keys
+    # Both bounds grow along a row, so that the queries that see any of a tile are neighbours.
+    search = jax.vmap(jnp.searchsorted, in_axes=(0, None))
+    begin = jax.vmap(lambda end: jnp.searchsorted(end, tile_first, side="right"))(seen.end)
+    last = search(seen.first, jnp.minimum(tile_first + TILES.keys, count))
+
+    def queries(tile, begin_ref, end_ref):
+        return begin_ref[tile], end_ref[tile]
+
+    ranges = [x.astype(jnp.int32) for x in (begin, last)]
+    if seen.chosen is None:
+
+        def visible(query, tile, first_ref, end_ref):
+            entry = _numbers(tile)
+            return (entry >= first_ref[query]) & (entry < end_ref[query])
+
+        return _gradient(
+            rows, entries, [seen.first, seen.end], ranges, queries, visible, scale
+        )
+    bits = Bits(count)
+
+    def chosen(query, tile, words_ref):
+        start = tile * TILES.keys
+        words = words_ref[query, pl.ds(bits.word(start), TILES.keys)]
+        return (words >> bits.bit(start)) & 1 == 1
+
+    return _gradient(
+        rows, entries, [pack_chosen(seen.chosen, count)], ranges, queries, chosen, scale
+    )
+
+
+def _numbers(tile) -> Int[Array, " s"]:
+    """Return the numbers of a tile's rows."""
+    return tile * TILES.keys + jnp.arange(TILES.keys)
+
+
+def pack_chosen(chosen: Int[Array, "b t l"], entries: int) -> Int[Array, "b t w"]:
+    """Return chosen entries as `Bits`."""
+    bits = Bits(entries)
+    word = jnp.where(chosen >= 0, bits.word(chosen), bits.words)
+    value = jnp.left_shift(1, bits.bit(jnp.maximum(chosen, 0)))
+    empty = jnp.zeros((*chosen.shape[:2], bits.words), jnp.int32)
+    scatter = jax.vmap(jax.vmap(lambda row, at, x: row.at[at].add(x, mode="drop")))
+    return scatter(empty, word, value)
+
+
+def _gradient(rows: Rows, kv, per_query: list, ranges: list, queries, visible, scale: float):
+    """Return the gradient of key-values [b, s, k].
+
+    Args:
+      per_query: arrays [b, t, ...] that `visible` needs.
+      ranges: arrays [b, tiles] that `queries` needs.
+      queries: from a tile to the range of queries that may see any of it.
+      visible: from a query and a tile to which rows of it the query sees.
+    """
+    tiles, (b, length, width) = TILES, kv.shape
+    heads, groups = tiles.heads, rows.q.shape[2] // tiles.heads
+    kv = pad_axes(kv, {1: tiles.keys})
+    count = kv.shape[1] // tiles.keys
+    split = Split(max(1, min(16, PROGRAMS // (count * b))))
+
+    def kernel(kv_ref, q_ref, grad_ref, total_ref, drop_ref, *refs):
+        *refs, out_ref = refs
+        query_refs, range_refs = refs[: len(per_query)], refs[len(per_query) :]
+        tile, kv_rows = pl.program_id(0), kv_ref[...]
+        begin, end = split.piece(*queries(tile, *range_refs), pl.program_id(2))
+
+        def step(i, out):
+            query, group = begin + i // groups, pl.ds(i % groups * heads, heads)
+            q, grad = q_ref[query, group, :], grad_ref[query, group, :]
+            log_total, drop = total_ref[query, group] * LOG2_E, drop_ref[query, group]
+            seen = visible(query, tile, *query_refs)
+            logits = plgpu.dot(kv_rows, q, trans_b=True) * (scale * LOG2_E)
+            logits = jnp.where(seen[:, None], logits, -jnp.inf)
+            weights = jnp.exp2(logits - log_total[None, :])
+            error = weights * (plgpu.dot(kv_rows, grad, trans_b=True) - drop[None, :]) * scale
+            out += plgpu.dot(weights.astype(kv_rows.dtype), grad)
+            return out + plgpu.dot(error.astype(kv_rows.dtype), q)
+
+        out = jnp.zeros((tiles.keys, width), jnp.float32)
+        out_ref[...] = jax.lax.fori_loop(0, (end - begin) * groups, step, out)
+
+    def whole(x):
+        return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, p: (b, *(0 for _ in x.shape[1:])))
+
+    operands = [*rows, *per_query, *ranges]
+    sums = pl.pallas_call(
+        kernel,
+        grid=(count, b, split.parts),
+        in_specs=[
+            pl.BlockSpec((None, tiles.keys, width), lambda i, b, p: (b, i, 0)),
+            *map(whole, operands),
+        ],
+        out_specs=pl.BlockSpec((None, None, tiles.keys, width), lambda i, b, p: (p, b, i, 0)),
+        out_shape=jax.ShapeDtypeStruct((split.parts, *kv.shape), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=target_platform() != GPU,
+        name="key_gradient",
+    )(kv, *operands)
+    return jnp.sum(sums, axis=0)[:, :length].astype(kv.dtype)

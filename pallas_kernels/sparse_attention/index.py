@@ -1,0 +1,105 @@
+"""Which keys and entries a program of sparse attention reads, and which of them a query sees."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pallas_kernels.index_math import Index, Truth, cdiv, maximum, minimum
+
+
+class Window(NamedTuple):
+    """The keys of a query: the last `window` tokens of its document, in tiles of `tile` keys."""
+
+    window: int
+    tile: int
+
+    def tiles(self, query: Index, first_key: Index) -> Index:
+        """Return how many tiles hold all keys that a query sees."""
+        return cdiv(query - self.first(query, first_key) + 1, self.tile)
+
+    def first(self, query: Index, first_key: Index) -> Index:
+        """Return the first key that a query sees."""
+        return maximum(first_key, query - self.window + 1)
+
+    def key(self, query: Index, first_key: Index, tile: Index, place: Index) -> Index:
+        """Return the key at a place of a tile; behind the query's own it is not to be seen."""
+        return self.first(query, first_key) + tile * self.tile + place
+
+    def sees(self, query: Index, key: Index) -> Truth:
+        """Say whether the query sees a key of one of its tiles."""
+        return key <= query
+
+    def row(self, key: Index, query: Index) -> Index:
+        """Return the row to read for a key of a tile: one that exists."""
+        return minimum(key, query)
+
+    # The other way round, for gradients of keys: programs own tiles of keys, aligned to `tile`.
+
+    def queries(self, tile: Index, tokens: Index) -> tuple[Index, Index]:
+        """Return the range of queries that may see a key of an aligned tile: first and end."""
+        start = tile * self.tile
+        return start, minimum(start + self.tile + self.window - 1, tokens)
+
+    def seen_by(self, query: Index, first_key: Index, key: Index) -> Truth:
+        """Say whether a key is one that the query sees."""
+        return (key <= query) & (key >= self.first(query, first_key))
+
+
+class Entries(NamedTuple):
+    """The compressed entries that a query sees: a range, in tiles of `tile` entries."""
+
+    tile: int
+
+    def tiles(self, first: Index, end: Index) -> Index:
+        """Return how many tiles hold the range."""
+        return cdiv(maximum(end - first, 0), self.tile)
+
+    def entry(self, first: Index, tile: Index, place: Index) -> Index:
+        """Return the entry at a place of a tile of the range."""
+        return first + tile * self.tile + place
+
+    def sees(self, end: Index, entry: Index) -> Truth:
+        """Say whether an entry of one of the tiles is within the range."""
+        return entry < end
+
+    def row(self, entry: Index, end: Index) -> Index:
+        """Return the row to read for an entry of a tile: one that exists, as the range does."""
+        return minimum(entry, end - 1)
+
+
+class Bits(NamedTuple):
+    """Entries that a query has chosen, a bit for each, in words of 32 bits.
+
+    Entry 4096 w + 128 i + j has bit i of word 128 w + j: of 128 neighbouring entries, a vector
+    register's lanes, each has the same bit of another word.
+    """
+
+    LANES = 128
+    WORD = 32
+
+    entries: int
+
+    @property
+    def words(self) -> int:
+        """How many there are for a query."""
+        return cdiv(self.entries, self.LANES * self.WORD) * self.LANES
+
+    def word(self, entry: Index) -> Index:
+        """Return the word of an entry."""
+        return entry // (self.LANES * self.WORD) * self.LANES + entry % self.LANES
+
+    def bit(self, entry: Index) -> Index:
+        """Return the place of its bit in the word."""
+        return entry // self.LANES % self.WORD
+
+
+class Split(NamedTuple):
+    """A range of queries in `parts` pieces, each for a program of its own."""
+
+    parts: int
+
+    def piece(self, begin: Index, end: Index, part: Index) -> tuple[Index, Index]:
+        """Return where a piece begins and ends."""
+        size = cdiv(maximum(end - begin, 0), self.parts)
+        first = minimum(begin + part * size, end)
+        return first, minimum(first + size, end)
