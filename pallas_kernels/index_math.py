@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 Index = Any  # an int, a traced int32 or a `prove.Symbol`
@@ -36,6 +37,25 @@ def maximum(a: Index, b: Index) -> Index:
     return where(a > b, a, b)
 
 
+@functools.singledispatch
+def div(a: Index, b: int) -> Index:
+    """Return a / b rounded down, for a from 0 on and b above 0.
+
+    The operator // rounds down for a below 0, too, for which kernels have no instruction.
+    """
+    return jax.lax.div(a, jnp.int32(b))
+
+
+@div.register
+def _(a: int, b: int) -> int:
+    return a // b
+
+
+def mod(a: Index, b: int) -> Index:
+    """Return what `div` leaves of a."""
+    return a - div(a, b) * b
+
+
 def cdiv(a: Index, b: int) -> Index:
-    """Return a / b rounded up, for b above 0."""
-    return (a + b - 1) // b
+    """Return a / b rounded up, for a from 0 on and b above 0."""
+    return div(a + b - 1, b)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import z3
 
-from pallas_kernels.index_math import where
+from pallas_kernels.index_math import div, where
 
 SMALLEST, LARGEST = -(2**31), 2**31 - 1
 GRID_LIMIT = 2**16 - 1  # steps of the second and third axis of a CUDA grid
@@ -87,14 +87,6 @@ class Symbol:
 
     __radd__, __rmul__ = __add__, __mul__
 
-    # The solver's division rounds down for a divisor above 0, as Python's does.
-
-    def __floordiv__(self, other: int) -> Symbol:
-        return self.proof.compute(self.term / _divisor(other))
-
-    def __mod__(self, other: int) -> Symbol:
-        return self.proof.compute(self.term % _divisor(other))
-
     def __lt__(self, other: Symbol | int) -> Condition:
         return Condition(self.term < _term(other), self.proof)
 
@@ -119,6 +111,14 @@ def _(condition: Condition, a: Symbol | int, b: Symbol | int) -> Symbol:
     return Symbol(z3.If(condition.term, _term(a), _term(b)), condition.proof)
 
 
+@div.register
+def _(a: Symbol, b: int) -> Symbol:
+    if not isinstance(b, int) or b <= 0:
+        raise TypeError(f"expected an int above 0 to divide a symbol by, got {b!r}")
+    a.proof.divided(a)
+    return a.proof.compute(a.term / b)  # the solver's division rounds down
+
+
 class Proof:
     """Statements about the index functions of one kernel."""
 
@@ -127,6 +127,7 @@ class Proof:
         self._variables: list[z3.ArithRef] = []
         self._premises: list[z3.BoolRef] = []
         self._computed: list[z3.ArithRef] = []
+        self._divided: list[z3.BoolRef] = []
         self._statements: list[tuple[str, z3.BoolRef]] = []
 
     def integer(self, name: str, low: Symbol | int, high: Symbol | int) -> Symbol:
@@ -147,6 +148,10 @@ class Proof:
         self._computed.append(term)
         return Symbol(term, self)
 
+    def divided(self, dividend: Symbol) -> None:
+        """Note a dividend: that it is not below 0 will be proved, too."""
+        self._divided.append(dividend.term >= 0)
+
     def state(self, statement: str, condition: Condition) -> None:
         """Add what is to hold whatever the symbols stand for."""
         self._statements.append((statement, condition.term))
@@ -162,7 +167,10 @@ class Proof:
         if solver.check() != z3.sat:
             raise ValueError(f"{self.operation}, {self.kernel}: nothing fulfils the premises")
         held = z3.And([z3.And(x >= SMALLEST, x <= LARGEST) for x in self._computed])
-        statements = [*self._statements, ("nothing overflows int32", held)]
+        statements = [
+            *self._statements, ("nothing overflows int32", held),
+            ("nothing below 0 is divided", z3.And(self._divided)),
+        ]
         return [self._decide(*statement) for statement in statements]
 
     def _decide(self, statement: str, claim: z3.BoolRef) -> Verdict:
@@ -187,9 +195,3 @@ def _term(value: Symbol | Condition | int | bool) -> z3.ExprRef:
     if isinstance(value, (Symbol, Condition)):
         return value.term
     return z3.BoolVal(value) if isinstance(value, bool) else z3.IntVal(value)
-
-
-def _divisor(value: int) -> z3.ArithRef:
-    if not isinstance(value, int) or value <= 0:
-        raise TypeError(f"expected an int above 0 to divide a symbol by, got {value!r}")
-    return z3.IntVal(value)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import verify
-from pallas_kernels.index_math import cdiv, maximum, minimum, where
+from pallas_kernels.index_math import cdiv, div, maximum, minimum, mod, where
 from pallas_kernels.prove import TIME_LIMIT_S, Proof
 
 
@@ -18,7 +18,7 @@ def verdicts(proof: Proof) -> dict:
 def pieces(x, size):
     """An index function as kernels have them: the last piece of x, and what is left of it."""
     last = maximum(cdiv(x, size) - 1, 0)
-    return last, minimum(x - last * size, where(x % size == 0, size, x % size))
+    return last, minimum(x - last * size, where(mod(x, size) == 0, size, mod(x, size)))
 
 
 def test_an_index_function_is_the_same_on_integers_traced_values_and_symbols():
@@ -61,6 +61,12 @@ def test_an_overflow_of_int32_is_found_wherever_it_is_computed():
     assert overflow.counterexample == {"row": 2**20}
 
 
+def test_a_dividend_below_0_is_found():
+    proof = Proof("test", "dividend")
+    _ = div(proof.integer("x", -1, 5), 2)
+    assert verdicts(proof)["nothing below 0 is divided"].counterexample == {"x": -1}
+
+
 def test_premises_are_used_and_cannot_contradict_each_other():
     proof = Proof("test", "premises")
     x = proof.integer("x", 0, 10)
@@ -79,7 +85,7 @@ def test_misuse_is_refused():
         bool(x > 1)
     for divisor in (0, -2, x):
         with pytest.raises(TypeError, match="expected an int above 0"):
-            x // divisor
+            div(x, divisor)
     with pytest.raises(ValueError, match="two symbols are named 'x'"):
         proof.integer("x", 0, 1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pallas_kernels.index_math import Index, where
+from pallas_kernels.index_math import Index, div, mod, where
 
 
 class Triangle(NamedTuple):
@@ -19,12 +19,12 @@ class Triangle(NamedTuple):
     @property
     def grid(self) -> tuple[Index, Index]:
         """Rows and columns of the rectangle, which has one place for each tile."""
-        half = (self.tiles + 1) // 2
+        half = div(self.tiles + 1, 2)
         return 2 * half + 1 - 2 * self._odd, half
 
     @property
     def _odd(self) -> Index:
-        return self.tiles % 2
+        return mod(self.tiles, 2)
 
     def tile(self, row: Index, column: Index) -> tuple[Index, Index]:
         """Return the tile at a place of the rectangle."""

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
-from pallas_kernels.index_math import cdiv
+from pallas_kernels.index_math import cdiv, div, mod
 from pallas_kernels.sparse_attention.gpu import LOG2_E
 from pallas_kernels.sparse_attention.index import Bits, Split, Window
 from pallas_kernels.sparse_attention.seen import Seen
@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
     stages: int  # steps whose loads are under way
 
 
-TILES = Tiles(64, 32, 8, 2)
+TILES = Tiles(32, 64, 8, 1)
 PROGRAMS = 264  # two for each of an H100's multiprocessors, to share them evenly
 
 
@@ -104,8 +104,9 @@ def _numbers(tile) -> Int[Array, " s"]:
 def pack_chosen(chosen: Int[Array, "b t l"], entries: int) -> Int[Array, "b t w"]:
     """Return chosen entries as `Bits`."""
     bits = Bits(entries)
-    word = jnp.where(chosen >= 0, bits.word(chosen), bits.words)
-    value = jnp.left_shift(1, bits.bit(jnp.maximum(chosen, 0)))
+    entry = jnp.maximum(chosen, 0)
+    word = jnp.where(chosen >= 0, bits.word(entry), bits.words)
+    value = jnp.left_shift(1, bits.bit(entry))
     empty = jnp.zeros((*chosen.shape[:2], bits.words), jnp.int32)
     scatter = jax.vmap(jax.vmap(lambda row, at, x: row.at[at].add(x, mode="drop")))
     return scatter(empty, word, value)
@@ -133,18 +134,18 @@ def _gradient(rows: Rows, kv, per_query: list, ranges: list, queries, visible, s
         begin, end = split.piece(*queries(tile, *range_refs), pl.program_id(2))
 
         def step(i, out):
-            query, group = begin + i // groups, pl.ds(i % groups * heads, heads)
+            query, group = begin + div(i, groups), pl.ds(mod(i, groups) * heads, heads)
             q, grad = q_ref[query, group, :], grad_ref[query, group, :]
             log_total, drop = total_ref[query, group] * LOG2_E, drop_ref[query, group]
             seen = visible(query, tile, *query_refs)
-            logits = plgpu.dot(kv_rows, q, trans_b=True) * (scale * LOG2_E)
-            logits = jnp.where(seen[:, None], logits, -jnp.inf)
-            weights = jnp.exp2(logits - log_total[None, :])
-            error = weights * (plgpu.dot(kv_rows, grad, trans_b=True) - drop[None, :]) * scale
-            out += plgpu.dot(weights.astype(kv_rows.dtype), grad)
-            return out + plgpu.dot(error.astype(kv_rows.dtype), q)
+            logits = plgpu.dot(q, kv_rows, trans_b=True) * (scale * LOG2_E)
+            logits = jnp.where(seen[None, :], logits, -jnp.inf)
+            weights = jnp.exp2(logits - log_total[:, None])
+            error = weights * (plgpu.dot(grad, kv_rows, trans_b=True) - drop[:, None]) * scale
+            out += plgpu.dot(grad, weights.astype(kv_rows.dtype), trans_a=True)
+            return out + plgpu.dot(q, error.astype(kv_rows.dtype), trans_a=True)
 
-        out = jnp.zeros((tiles.keys, width), jnp.float32)
+        out = jnp.zeros((width, tiles.keys), jnp.float32)
         out_ref[...] = jax.lax.fori_loop(0, (end - begin) * groups, step, out)
 
     def whole(x):
@@ -158,10 +159,10 @@ def _gradient(rows: Rows, kv, per_query: list, ranges: list, queries, visible, s
             pl.BlockSpec((None, tiles.keys, width), lambda i, b, p: (b, i, 0)),
             *map(whole, operands),
         ],
-        out_specs=pl.BlockSpec((None, None, tiles.keys, width), lambda i, b, p: (p, b, i, 0)),
-        out_shape=jax.ShapeDtypeStruct((split.parts, *kv.shape), jnp.float32),
+        out_specs=pl.BlockSpec((None, None, width, tiles.keys), lambda i, b, p: (p, b, 0, i)),
+        out_shape=jax.ShapeDtypeStruct((split.parts, b, width, kv.shape[1]), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=target_platform() != GPU,
         name="key_gradient",
     )(kv, *operands)
-    return jnp.sum(sums, axis=0)[:, :length].astype(kv.dtype)
+    return jnp.sum(sums, axis=0).mT[:, :length].astype(kv.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pallas_kernels.index_math import Index, Truth, cdiv, maximum, minimum
+from pallas_kernels.index_math import Index, Truth, cdiv, div, maximum, minimum, mod
 
 
 class Window(NamedTuple):
@@ -86,11 +86,11 @@ class Bits(NamedTuple):
 
     def word(self, entry: Index) -> Index:
         """Return the word of an entry."""
-        return entry // (self.LANES * self.WORD) * self.LANES + entry % self.LANES
+        return div(entry, self.LANES * self.WORD) * self.LANES + mod(entry, self.LANES)
 
     def bit(self, entry: Index) -> Index:
         """Return the place of its bit in the word."""
-        return entry // self.LANES % self.WORD
+        return mod(div(entry, self.LANES), self.WORD)
 
 
 class Split(NamedTuple):
