@@ -17,6 +17,11 @@ def largest_block(length: int, most: int, unit: int) -> int:
     return block
 
 
+def power_of_two(size: int, least: int = 16) -> int:
+    """Return the smallest power of two that is neither below `size` nor below `least`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
 def pad_axes(x: Array, multiples: dict[int, int]) -> Array:
     """Fill axes up with zeros to multiples, given by axis."""
     missing = [-size % multiples.get(axis, 1) for axis, size in enumerate(x.shape)]

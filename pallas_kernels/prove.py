@@ -87,6 +87,12 @@ class Symbol:
 
     __radd__, __rmul__ = __add__, __mul__
 
+    def __floordiv__(self, other: int) -> Symbol:
+        return div(self, other)
+
+    def __mod__(self, other: int) -> Symbol:
+        return self - div(self, other) * other
+
     def __lt__(self, other: Symbol | int) -> Condition:
         return Condition(self.term < _term(other), self.proof)
 

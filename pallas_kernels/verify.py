@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from pallas_kernels.newton_schulz import claims as newton_schulz
 from pallas_kernels.prove import Proof, Verdict
+from pallas_kernels.sparse_attention import claims as sparse_attention
 
-CLAIMS = (newton_schulz,)
+CLAIMS = (newton_schulz, sparse_attention)
 
 
 def all_proofs() -> Iterator[Proof]:

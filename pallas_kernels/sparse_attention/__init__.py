@@ -1,0 +1,104 @@
+"""Attention of V4's layers: a window of keys, compressed entries and a sink in one softmax.
+
+One key-value vector of all heads serves as key and as value. A query sees the window of keys before
+it and, in CSA and HCA layers, compressed entries: a range of them, or those that an indexer chose.
+Kernels read these alone; no array of [tokens, tokens] or [tokens, entries] logits exists, and no
+gathered copy of the entries.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.implementation import AUTO, XLA, choose
+from pallas_kernels.sparse_attention import gpu, gpu_keys, reference
+from pallas_kernels.sparse_attention.seen import Seen
+from pallas_kernels.target import TPU
+
+__all__ = ["Seen", "sparse_attention"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def sparse_attention(
+    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
+    sink: Float[Array, " h"], seen: Seen, window: int, implementation: str = AUTO,
+) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
+    """Attend each query to the keys and entries that it sees.
+
+    z = q kv / sqrt(k), p = exp(z) / (sum exp(z) + exp(sink_h)), o = sum p kv
+
+    Sums are float32; weights meet the values in the dtype of q.
+
+    Args:
+      entries: compressed ones; None, as in window layers: there are none.
+      seen: what queries see. `first` and `end` are wanted with `chosen`, too: chosen entries lie
+        between them, and neither falls along a row.
+      window: keys of its document that a query sees at most, its own included.
+    Returns:
+      o in the dtype of q, and log(sum exp(z) + exp(sink_h)), float32.
+    Raises:
+      ValueError: there is no such implementation.
+    Source: report 2.3; fact sheet 2.3 and 2.5.
+    """
+    chosen = choose("sparse_attention", implementation)
+    if chosen == XLA:
+        return _plain(q, keys, entries, sink, seen, window)
+    if chosen == TPU:
+        raise ValueError("sparse_attention: expected implementation auto, xla or gpu, got 'tpu'")
+    h, k = q.shape[2:]
+    out, log_total = gpu.attend(
+        *gpu.fitted(q, keys, entries, sink, seen), window=window, scale=k**-0.5
+    )
+    return out[:, :, :h, :k], log_total[:, :, :h]
+
+
+def _plain(q, keys, entries, sink, seen: Seen, window: int):
+    b, t = q.shape[:2]
+    if entries is None:
+        entries, entry_mask = jnp.zeros((b, 0, q.shape[-1]), q.dtype), jnp.zeros((b, t, 0), bool)
+    elif seen.chosen is not None:
+        entry_mask = reference.chosen_mask(seen.chosen, entries.shape[1])
+    else:
+        entry_mask = reference.range_mask(seen.first, seen.end, entries.shape[1])
+    key_mask = reference.window_mask(seen.first_key, window)
+    return reference.sparse_attention(q, keys, entries, sink, key_mask, entry_mask)
+
+
+def _forward(q, keys, entries, sink, seen, window, implementation):
+    out, log_total = sparse_attention(q, keys, entries, sink, seen, window, implementation)
+    return (out, log_total), (q, keys, entries, sink, seen, out, log_total)
+
+
+def _backward(window, implementation, kept, grads):
+    q, keys, entries, sink, seen, out, log_total = kept
+    if choose("sparse_attention", implementation) == XLA:
+        _, pull_back = jax.vjp(
+            lambda *operands: _plain(*operands, seen, window), q, keys, entries, sink
+        )
+        return *pull_back(grads), None
+    grad, grad_total = grads
+    # What a logit's gradient loses by the total, and gains where that is asked for itself.
+    product = out.astype(jnp.float32) * grad.astype(jnp.float32)
+    drop = jnp.sum(product, axis=-1) - grad_total
+    scale, (h, k) = q.shape[3] ** -0.5, q.shape[2:]
+    padded = gpu.fitted(q, keys, entries, sink, seen)
+    rows = gpu_keys.Rows(padded.q, *map(gpu.fitted_rows, (grad, log_total, drop)))
+    grad_q = gpu.query_gradient(
+        rows.q, padded.keys, padded.entries, *rows[2:], rows.grad, padded.seen, window=window,
+        scale=scale,
+    )
+    grad_keys = gpu_keys.key_gradient(rows, padded.keys, padded.seen, window=window, scale=scale)
+    grad_entries = None
+    if entries is not None:
+        grad_entries = gpu_keys.entry_gradient(rows, padded.entries, padded.seen, scale=scale)
+        grad_entries = grad_entries[:, :, :k]
+    # The sink takes weight and gives no value.
+    grad_sink = -jnp.sum(jnp.exp(sink - log_total) * drop, axis=(0, 1)).astype(sink.dtype)
+    return grad_q[:, :, :h, :k], grad_keys[:, :, :k], grad_entries, grad_sink, None
+
+
+sparse_attention.defvjp(_forward, _backward)

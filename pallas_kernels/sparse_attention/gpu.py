@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.blocks import pad_axes, power_of_two
 from pallas_kernels.sparse_attention.index import Entries, Window
 from pallas_kernels.sparse_attention.seen import Seen
 from pallas_kernels.target import GPU, target_platform
@@ -37,17 +38,48 @@ FORWARD = Tiles(64, 32, 8, 3)
 QUERY_GRADIENT = Tiles(64, 32, 8, 2)
 
 
+class Fitted(NamedTuple):
+    """Operands whose sizes the kernels take, filled up with zeros: heads, channels, chosen."""
+
+    q: Float[Array, "b t h k"]
+    keys: Float[Array, "b t k"]
+    entries: Float[Array, "b c k"] | None
+    sink: Float[Array, " h"]
+    seen: Seen
+
+
+def fitted(q, keys, entries, sink, seen: Seen) -> Fitted:
+    """Fill up to whole groups of heads, a power of two of channels and whole tiles of chosen."""
+    if seen.chosen is not None:
+        chosen = pad_axes(seen.chosen + 1, {2: FORWARD.keys}) - 1  # filled up with -1
+        seen = seen._replace(chosen=chosen)
+    channels = power_of_two(q.shape[3])
+    return Fitted(
+        fitted_rows(q),
+        pad_axes(keys, {2: channels}),
+        None if entries is None else pad_axes(entries, {2: channels}),
+        pad_axes(sink, {0: _whole_heads(q.shape[2])}),
+        seen,
+    )
+
+
+def fitted_rows(x: Array) -> Array:
+    """Fill up an array [b, t, h, k] or [b, t, h] as the queries are."""
+    multiples = {2: _whole_heads(x.shape[2])}
+    return pad_axes(x, multiples | ({3: power_of_two(x.shape[3])} if x.ndim == 4 else {}))
+
+
+def _whole_heads(heads: int) -> int:
+    return min(FORWARD.heads, power_of_two(heads))
+
+
 def attend(
     q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
     sink: Float[Array, " h"], seen: Seen, *, window: int, scale: float,
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
-    """Return the output and the logarithm of the softmax's total.
-
-    Args:
-      h: a multiple of FORWARD.heads; k: a power of two.
-    """
+    """Return the output and the logarithm of the softmax's total; arguments as `fitted`."""
     tiles = FORWARD
-    heads, width = tiles.heads, q.shape[-1]
+    heads, width = min(tiles.heads, q.shape[2]), q.shape[3]
 
     def kernel(q_ref, sink_ref, keys_ref, *refs):
         *seen_refs, out_ref, total_ref = refs
@@ -74,7 +106,9 @@ def attend(
     return pl.pallas_call(
         kernel,
         grid=(t, b, h // heads),
-        in_specs=[rows, pl.BlockSpec((heads,), lambda i, b, g: g), *_key_specs(keys, entries, seen)],
+        in_specs=[
+            rows, pl.BlockSpec((heads,), lambda i, b, g: g), *_key_specs(keys, entries, seen),
+        ],
         out_specs=[rows, row],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, t, h), jnp.float32),
@@ -87,10 +121,10 @@ def attend(
 
 def query_gradient(
     q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
-    log_total: Float[Array, "b t h"], grad: Float[Array, "b t h k"], drop: Float[Array, "b t h"],
+    log_total: Float[Array, "b t h"], drop: Float[Array, "b t h"], grad: Float[Array, "b t h k"],
     seen: Seen, *, window: int, scale: float,
 ) -> Float[Array, "b t h k"]:
-    """Return the gradient of the queries.
+    """Return the gradient of the queries; arguments as `fitted`.
 
     Args:
       grad: of the output.
@@ -98,7 +132,7 @@ def query_gradient(
         softmax's total.
     """
     tiles = QUERY_GRADIENT
-    heads, width = tiles.heads, q.shape[-1]
+    heads, width = min(tiles.heads, q.shape[2]), q.shape[3]
 
     def kernel(q_ref, grad_ref, total_ref, drop_ref, keys_ref, *refs):
         *seen_refs, out_ref = refs

@@ -122,7 +122,8 @@ def _gradient(rows: Rows, kv, per_query: list, ranges: list, queries, visible, s
       visible: from a query and a tile to which rows of it the query sees.
     """
     tiles, (b, length, width) = TILES, kv.shape
-    heads, groups = tiles.heads, rows.q.shape[2] // tiles.heads
+    heads = min(tiles.heads, rows.q.shape[2])
+    groups = rows.q.shape[2] // heads
     kv = pad_axes(kv, {1: tiles.keys})
     count = kv.shape[1] // tiles.keys
     split = Split(max(1, min(16, PROGRAMS // (count * b))))

@@ -1,4 +1,4 @@
-"""What the kernels of sparse attention compute, in plain JAX: every logit of every query at once."""
+"""What the kernels of sparse attention compute, in plain JAX: every logit written out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sparse_attention(
 
 
 def window_mask(first_key: Int[Array, "b t"], window: int) -> Bool[Array, "b t s"]:
-    """Return the keys of the last `window` tokens, the query's own included, from `first_key` on."""
+    """Return the keys of the last `window` tokens, the own included, from `first_key` on."""
     t = first_key.shape[1]
     query, key = jnp.arange(t)[:, None], jnp.arange(t)
     return (key <= query) & (key > query - window) & (key >= first_key[..., None])

@@ -1,0 +1,92 @@
+"""Attention of the released models' layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.case import Case
+from pallas_kernels.sparse_attention import Seen, sparse_attention
+from pallas_kernels.target import GPU
+
+WIDTH, WINDOW = 512, 128
+CSA, HCA = "CSA", "HCA"
+RATIOS = {CSA: 4, HCA: 128}
+TOKENS = (4096, 65536)
+
+
+class Model(NamedTuple):
+    """What the models differ in."""
+
+    heads: int
+    topk: int
+
+
+MODELS = {"Flash": Model(64, 512), "Pro": Model(128, 1024)}
+
+
+def cases() -> Iterator[Case]:
+    """Yield layers of each kind, forward and backward."""
+    for name, model in MODELS.items():
+        for kind in ("window", HCA, CSA):
+            yield _case(name, model, kind, TOKENS[0], backward=False)
+            yield _case(name, model, kind, TOKENS[0], backward=True)
+        yield _case(name, model, CSA, TOKENS[1], backward=False)
+
+
+def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) -> Case:
+    entries = tokens // RATIOS[kind] if kind in RATIOS else 0
+    rows, keys = (tokens, model.heads, WIDTH), (tokens, WIDTH)
+    arguments = [(1, *rows), (1, *keys)] + [(1, entries, WIDTH)] * (entries > 0)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arguments]
+    arguments.append(jax.ShapeDtypeStruct((model.heads,), jnp.float32))
+    numbers = [(1, tokens)] * (3 if entries else 1) + [(1, tokens, model.topk)] * (kind == CSA)
+    arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
+    flops = 4 * model.heads * WIDTH * _pairs(model, kind, tokens) * (2.5 if backward else 1)
+    own = 2 * tokens * model.heads * WIDTH * 2 * (2 if backward else 1)
+    gathered = 2 * (tokens + entries) * WIDTH + 4 * tokens * model.topk * (kind == CSA)
+    direction = "backward" if backward else "forward"
+    return Case(
+        "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
+        _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
+        own + gathered, platforms=(GPU,),
+    )
+
+
+def _pairs(model: Model, kind: str, tokens: int) -> int:
+    """Return how many keys and entries all queries of a row together see."""
+    most = {CSA: model.topk, HCA: tokens}.get(kind, 0)
+    ratio = RATIOS.get(kind, 1)
+    return sum(min(t, WINDOW) + min(t // ratio, most) for t in range(1, tokens + 1))
+
+
+def _forward(entries: int) -> Callable:
+    def run(implementation: str):
+        def attend(q, keys, *rest):
+            given = rest if entries else (None, *rest)
+            compressed, sink, *seen = given
+            return sparse_attention(
+                q, keys, compressed, sink, Seen(*seen), WINDOW, implementation
+            )
+
+        return attend
+
+    return run
+
+
+def _backward(entries: int) -> Callable:
+    def run(implementation: str):
+        count = 4 if entries else 3
+
+        def gradient(*arguments):
+            arrays, seen = arguments[:count], arguments[count:]
+            attend = _forward(entries)(implementation)
+            (out, _), pull_back = jax.vjp(lambda *arrays: attend(*arrays, *seen), *arrays)
+            return pull_back((out, jnp.zeros(out.shape[:3], jnp.float32)))
+
+        return gradient
+
+    return run

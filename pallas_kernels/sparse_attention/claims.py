@@ -1,0 +1,172 @@
+"""What is proved of the keys and entries that programs of sparse attention read and see.
+
+The definition: query t sees the keys of its document at t - window + 1 to t, and the entries from
+`first` to before `end`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pallas_kernels.index_math import div, mod
+from pallas_kernels.prove import Proof
+from pallas_kernels.sparse_attention.index import Bits, Entries, Split, Window
+
+OPERATION = "sparse_attention"
+TOKENS = 2**20  # in a row, at most
+TILES = (32, 64)
+PARTS = 16  # that share the queries of a tile, at most
+
+
+def proofs(
+    window: type[Window] = Window, entries: type[Entries] = Entries, bits: type[Bits] = Bits,
+    split: type[Split] = Split,
+) -> Iterator[Proof]:
+    """Yield what is to be proved, of the index functions of these kinds."""
+    for tile in TILES:
+        yield _window(window, tile)
+        yield _range(entries, tile)
+        yield _keys_of_queries(window, tile)
+        yield _entries_of_queries(tile)
+        yield _bits(bits, tile)
+    yield _pieces(split)
+
+
+def _query(proof: Proof):
+    tokens = proof.integer("tokens", 1, TOKENS)
+    query = proof.integer("query", 0, tokens - 1)
+    return tokens, query, proof.integer("first_key", 0, query)
+
+
+def _shown(query, first_key, width, key):
+    """Say whether the definition shows a query a key."""
+    return (key >= first_key) & (key > query - width) & (key <= query)
+
+
+def _window(kind: type[Window], tile: int) -> Proof:
+    proof = Proof(OPERATION, f"window, tiles of {tile}")
+    tokens, query, first_key = _query(proof)
+    width = proof.integer("window", 1, TOKENS)
+    see = kind(width, tile)
+    tiles = see.tiles(query, first_key)
+    i, place = proof.integer("tile", 0, tiles - 1), proof.integer("place", 0, tile - 1)
+    key = see.key(query, first_key, i, place)
+    row = see.row(key, query)
+    proof.state("rows exist", (row >= 0) & (row < tokens))
+    proof.state(
+        "what is seen is the key that is read, and shown",
+        see.sees(query, key).implies((row == key) & _shown(query, first_key, width, key)),
+    )
+    shown = proof.integer("key", 0, tokens - 1)
+    from_first = shown - see.first(query, first_key)
+    in_definition = _shown(query, first_key, width, shown)
+    proof.state("nothing shown lies before the first key", in_definition.implies(from_first >= 0))
+    here = (i * tile <= from_first) & (from_first < (i + 1) * tile) & (
+        place == from_first - i * tile
+    )
+    proof.state("a shown key is seen at its place", (in_definition & here).implies(
+        (key == shown) & see.sees(query, key)
+    ))
+    proof.state("and its tile is read", in_definition.implies(from_first < tiles * tile))
+    other = proof.integer("tile'", 0, tiles - 1), proof.integer("place'", 0, tile - 1)
+    proof.state("no key is read twice", (see.key(query, first_key, *other) == key).implies(
+        (other[0] == i) & (other[1] == place)
+    ))
+    return proof
+
+
+def _range(kind: type[Entries], tile: int) -> Proof:
+    proof = Proof(OPERATION, f"range of entries, tiles of {tile}")
+    count = proof.integer("entries", 1, TOKENS)
+    first = proof.integer("first", 0, count)
+    end = proof.integer("end", first, count)
+    see = kind(tile)
+    tiles = see.tiles(first, end)
+    i, place = proof.integer("tile", 0, tiles - 1), proof.integer("place", 0, tile - 1)
+    entry = see.entry(first, i, place)
+    row = see.row(entry, end)
+    proof.state("rows exist", (row >= 0) & (row < count))
+    proof.state(
+        "what is seen is the entry that is read, and shown",
+        see.sees(end, entry).implies((row == entry) & (entry >= first) & (entry < end)),
+    )
+    shown = proof.integer("entry", 0, count - 1)
+    in_definition = (shown >= first) & (shown < end)
+    from_first = shown - first
+    here = (i * tile <= from_first) & (from_first < (i + 1) * tile) & (
+        place == from_first - i * tile
+    )
+    proof.state("a shown entry is seen at its place", (in_definition & here).implies(
+        (entry == shown) & see.sees(end, entry)
+    ))
+    proof.state("and its tile is read", in_definition.implies(from_first < tiles * tile))
+    other = proof.integer("tile'", 0, tiles - 1), proof.integer("place'", 0, tile - 1)
+    proof.state("no entry is read twice", (see.entry(first, *other) == entry).implies(
+        (other[0] == i) & (other[1] == place)
+    ))
+    return proof
+
+
+def _keys_of_queries(kind: type[Window], tile: int) -> Proof:
+    proof = Proof(OPERATION, f"gradient of keys, tiles of {tile}")
+    tokens, query, first_key = _query(proof)
+    width = proof.integer("window", 1, TOKENS)
+    see = kind(width, tile)
+    key = proof.integer("key", 0, tokens - 1)
+    own = div(key, tile)
+    begin, end = see.queries(own, tokens)
+    shown = _shown(query, first_key, width, key)
+    proof.state("a query that is shown a key is in its range",
+                shown.implies((query >= begin) & (query < end)))
+    proof.state("the mask is the definition", see.seen_by(query, first_key, key).same_as(shown))
+    proof.state("queries exist", (begin >= 0) & (end <= tokens))
+    return proof
+
+
+def _entries_of_queries(tile: int) -> Proof:
+    proof = Proof(OPERATION, f"gradient of entries, tiles of {tile}")
+    tokens, query, _ = _query(proof)
+    count = proof.integer("entries", 1, TOKENS)
+    first, end = proof.integer("first", 0, count), proof.integer("end", 0, count)
+    entry = proof.integer("entry", 0, count - 1)
+    start = div(entry, tile) * tile
+    begin, last = proof.integer("begin", 0, tokens), proof.integer("last", 0, tokens)
+    # What the binary searches return, as neither `first` nor `end` falls along a row.
+    proof.assume((query >= begin).same_as(end > start))
+    proof.assume((query < last).same_as((first < start + tile) & (first < count)))
+    proof.state(
+        "a query that is shown an entry is in its tile's range",
+        ((first <= entry) & (entry < end)).implies((begin <= query) & (query < last)),
+    )
+    return proof
+
+
+def _bits(kind: type[Bits], tile: int) -> Proof:
+    proof = Proof(OPERATION, f"chosen entries as bits, tiles of {tile}")
+    count = proof.integer("entries", 1, TOKENS)
+    bits = kind(count)
+    entry, other = (proof.integer(name, 0, count - 1) for name in ("entry", "entry'"))
+    word, bit = bits.word(entry), bits.bit(entry)
+    proof.state("words exist", (word >= 0) & (word < bits.words))
+    proof.state("bits exist", (bit >= 0) & (bit < 32))
+    same = (bits.word(other) == word) & (bits.bit(other) == bit)
+    proof.state("no two entries share a bit", same.implies(entry == other))
+    start, place = entry - mod(entry, tile), mod(entry, tile)
+    proof.state("a tile's words are neighbours", word == bits.word(start) + place)
+    proof.state("a tile's bits are the same", bit == bits.bit(start))
+    return proof
+
+
+def _pieces(kind: type[Split]) -> Proof:
+    proof = Proof(OPERATION, "queries shared by programs")
+    begin, end = proof.integer("begin", 0, TOKENS), proof.integer("end", 0, TOKENS)
+    for parts in range(1, PARTS + 1):
+        pieces = [kind(parts).piece(begin, end, part) for part in range(parts)]
+        joined = pieces[0][0] == begin
+        for (_, before), (after, _) in zip(pieces, pieces[1:], strict=False):
+            joined &= before == after
+        proof.state(f"{parts} pieces follow one another", (begin <= end).implies(joined))
+        proof.state(f"{parts} pieces end at the end", (begin <= end).implies(pieces[-1][1] == end))
+        nothing = pieces[0][0] >= pieces[0][1]
+        proof.state(f"{parts} pieces of nothing are empty", (begin > end).implies(nothing))
+    return proof

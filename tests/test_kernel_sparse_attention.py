@@ -1,0 +1,216 @@
+"""The kernels of sparse attention, interpreted, against every logit written out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.sparse_attention import (
+    Seen,
+    claims,
+    gpu_keys,
+    reference,
+    sparse_attention,
+)
+from pallas_kernels.sparse_attention.index import Bits, Entries, Split, Window
+
+KERNELS = ("gpu",)
+ROUNDING = 1e-5  # of the largest value: float32 sums in another order
+BFLOAT16 = 2**-6  # of the largest value: weights and results rounded, in other places
+WINDOW, RATIO = 20, 4
+
+
+def documents(*lengths):
+    """Return the layout of a row of documents: first keys, and the entries that are seen."""
+    first_key, first, end, complete = [], [], [], 0
+    for length in lengths:
+        start = len(first_key)
+        first_key += [start] * length
+        first += [complete] * length
+        end += [complete + (i + 1) // RATIO for i in range(length)]
+        complete += length // RATIO
+    return np.array([first_key, first, end], np.int32)
+
+
+# Name, rows of documents, heads, channels, chosen entries. A document ends within a tile of keys
+# and of entries; one is shorter than the window, one than a block, one a single token.
+CASES = {
+    "one token": ([[1]], 4, 16, 8),
+    "one short of a tile": ([[31]], 16, 32, 8),
+    "documents": ([[70, 3, 62], [1, 100, 34]], 16, 32, 8),
+    "more heads than a group": ([[50]], 80, 24, 40),
+}
+
+
+def operands(rows, heads, channels, chosen, dtype="float32"):
+    rng = np.random.default_rng(0)
+    layout = np.stack([documents(*lengths) for lengths in rows], axis=1)
+    first_key, first, end = layout
+    b, t = first_key.shape
+    count = max(1, t // RATIO)
+    picks = np.full((b, t, chosen), -1, np.int32)
+    for row, query in np.ndindex(b, t):
+        seen = rng.permutation(np.arange(first[row, query], end[row, query]))[: chosen - 2]
+        places = rng.permutation(chosen)[: len(seen)]  # what is missing may lie between
+        picks[row, query, places] = seen
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    arrays = (
+        normal(b, t, heads, channels), normal(b, t, channels), normal(b, count, channels),
+        jnp.asarray(rng.standard_normal(heads), jnp.float32),
+    )
+    return arrays, Seen(*map(jnp.asarray, (first_key, first, end, picks)))
+
+
+def of_kind(kind, arrays, seen):
+    """Return the operands of a window, a range or a choice of entries, and the mask of these."""
+    q, keys, entries, sink = arrays
+    if kind == "window":
+        return (q, keys, None, sink), Seen(seen.first_key), None
+    if kind == "range":
+        mask = reference.range_mask(seen.first, seen.end, entries.shape[1])
+        return arrays, seen._replace(chosen=None), mask
+    return arrays, seen, reference.chosen_mask(seen.chosen, entries.shape[1])
+
+
+def written_out(arrays, seen, mask):
+    """Return output, log total, and what to differentiate: the definition, in float32."""
+    key_mask = reference.window_mask(seen.first_key, WINDOW)
+
+    def attend(q, keys, entries, sink):
+        b, t, _, channels = q.shape
+        none = jnp.zeros((b, 0, channels), q.dtype)
+        shown = (jnp.zeros((b, t, 0), bool), none) if entries is None else (mask, entries)
+        return reference.sparse_attention(q, keys, shown[1], sink, key_mask, shown[0])
+
+    return attend
+
+
+def close(actual, wanted, tolerance):
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    assert actual.shape == wanted.shape
+    return np.abs(actual - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ("window", "range", "chosen"))
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_definition(case, kind, kernel):
+    arrays, seen, mask = of_kind(kind, *operands(*CASES[case]))
+    definition = written_out(arrays, seen, mask)
+    wanted, pull_back = jax.vjp(definition, *arrays)
+    found, pull_back_kernel = jax.vjp(
+        lambda *arrays: sparse_attention(*arrays, seen, WINDOW, kernel), *arrays
+    )
+    for actual, value in zip(found, wanted, strict=True):
+        assert close(actual, value, ROUNDING)
+    rng = np.random.default_rng(1)
+    grads = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in wanted)
+    names = ("q", "keys", "entries", "sink")
+    for name, actual, value in zip(
+        names, pull_back_kernel(grads), pull_back(grads), strict=True
+    ):
+        assert (actual is None and value is None) or close(actual, value, ROUNDING), name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_is_summed_in_float32(kernel):
+    arrays, seen, mask = of_kind("chosen", *operands(*CASES["documents"], dtype="bfloat16"))
+    definition = written_out(arrays, seen, mask)
+    precise = [x.astype(jnp.float32) for x in arrays]
+    (wanted, _), pull_back = jax.vjp(definition, *precise)
+    (found, total), pull_back_kernel = jax.vjp(
+        lambda *arrays: sparse_attention(*arrays, seen, WINDOW, kernel), *arrays
+    )
+    assert (found.dtype, total.dtype) == (jnp.bfloat16, jnp.float32)
+    assert close(found, wanted, BFLOAT16)
+    grad = jnp.asarray(np.random.default_rng(1).standard_normal(found.shape), jnp.bfloat16)
+    values = pull_back((grad.astype(jnp.float32), jnp.zeros_like(total)))
+    for actual, value in zip(pull_back_kernel((grad, jnp.zeros_like(total))), values, strict=True):
+        assert close(actual, value, BFLOAT16)
+
+
+def test_the_plain_implementation_is_the_definition():
+    arrays, seen, mask = of_kind("chosen", *operands(*CASES["documents"]))
+    wanted, pull_back = jax.vjp(written_out(arrays, seen, mask), *arrays)
+    found, pull_back_plain = jax.vjp(
+        lambda *arrays: sparse_attention(*arrays, seen, WINDOW, "xla"), *arrays
+    )
+    for actual, value in zip((*found, *pull_back_plain(wanted)), (*wanted, *pull_back(wanted)),
+                             strict=True):
+        np.testing.assert_array_equal(actual, value)
+
+
+def test_a_query_that_sees_no_key_gets_nothing():
+    (q, keys, entries, sink), seen = operands([[40]], 16, 32, 8)
+    nothing = seen._replace(
+        first_key=jnp.arange(40, dtype=jnp.int32)[None] + 1, first=seen.end, chosen=None
+    )
+    out, log_total = sparse_attention(q, keys, entries, sink, nothing, WINDOW, "gpu")
+    np.testing.assert_array_equal(out, 0)
+    assert close(log_total, np.broadcast_to(sink, log_total.shape), ROUNDING)
+
+
+def test_chosen_entries_are_packed_to_bits():
+    rng = np.random.default_rng(0)
+    count = 9000
+    chosen = np.stack([rng.permutation(count)[:50] for _ in range(6)]).reshape(2, 3, 50)
+    chosen[0, 0, 7] = -1
+    chosen[1, 2] = -1
+    words = np.asarray(gpu_keys.pack_chosen(jnp.asarray(chosen, jnp.int32), count))
+    bits = Bits(count)
+    entry = np.arange(count)
+    places = [bits.word(int(e)) for e in entry], [bits.bit(int(e)) for e in entry]
+    unpacked = (words[:, :, places[0]] >> np.array(places[1])) & 1
+    wanted = np.zeros((2, 3, count), int)
+    for row, query in np.ndindex(2, 3):
+        wanted[row, query, chosen[row, query][chosen[row, query] >= 0]] = 1
+    np.testing.assert_array_equal(unpacked, wanted)
+    assert len(set(zip(*places, strict=True))) == count
+
+
+class WindowOneShort(Window):
+    """A window that leaves out the earliest key."""
+
+    def first(self, query, first_key):
+        return super().first(query, first_key) + 1
+
+
+class EndIncluded(Entries):
+    """A range that shows the entry at its end, too."""
+
+    def sees(self, end, entry):
+        return entry <= end
+
+
+class SharedBits(Bits):
+    """Bits of which the next 128 entries use one again."""
+
+    def bit(self, entry):
+        return super().bit(entry + 1)
+
+
+class PiecesOverlap(Split):
+    """Pieces that each go one query too far."""
+
+    def piece(self, begin, end, part):
+        first, last = super().piece(begin, end, part)
+        return first, last + 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "kernel"),
+    [
+        ({"window": WindowOneShort}, "window"), ({"window": WindowOneShort}, "gradient of keys"),
+        ({"entries": EndIncluded}, "range of entries"), ({"bits": SharedBits}, "chosen entries"),
+        ({"split": PiecesOverlap}, "queries shared"),
+    ],
+)
+def test_index_functions_that_are_one_off_are_refuted(broken, kernel):
+    (proof, *_) = (proof for proof in claims.proofs(**broken) if proof.kernel.startswith(kernel))
+    refuted = [verdict for verdict in proof.verdicts() if not verdict.proved]
+    assert any(verdict.counterexample for verdict in refuted)
