@@ -20,7 +20,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,18 +79,12 @@ def compile_for(target: str, function: Callable, *arguments: jax.ShapeDtypeStruc
         lowered.compile(compiler_options={"xla_dump_to": folder} if target in GPUS else None)
         seconds = time.perf_counter() - start
         if target in GPUS:
-            return Compiled(seconds, _own(_gpu_reports(Path(folder)), names))
+            return Compiled(seconds, tuple(_gpu_reports(Path(folder), names)))
     dumps = list(_tpu_dumps().iterdir())
-    reports = _tpu_reports(dumps)
+    reports = _tpu_reports(dumps, names)
     for path in dumps:
         path.unlink()
-    return Compiled(seconds, _own(reports, names))
-
-
-def _own(reports: Iterable[KernelReport], names: Collection[str]) -> tuple[KernelReport, ...]:
-    """Leave out the kernels that the compiler has made itself, and its numbers behind names."""
-    named = (x._replace(name=re.sub(r"__\d+$", "", x.name)) for x in reports)
-    return tuple(x for x in named if x.name in names)
+    return Compiled(seconds, tuple(reports))
 
 
 @functools.cache
@@ -105,6 +99,7 @@ def described_device(target: str) -> jax.Device:
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {_TPU_DUMPS.format(folder=_tpu_dumps())}"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile
     return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target]).devices[0]
 
 
@@ -113,7 +108,7 @@ def _tpu_dumps() -> Path:
     return Path(tempfile.mkdtemp(prefix="tpu_dumps_"))
 
 
-def _gpu_reports(folder: Path) -> list[KernelReport]:
+def _gpu_reports(folder: Path, names: Collection[str]) -> list[KernelReport]:
     launches = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
     shared = dict(
         re.findall(r"CustomKernel.*?\] (\S+) grid:.*?shared_memory: (\d+)", launches)
@@ -122,10 +117,13 @@ def _gpu_reports(folder: Path) -> list[KernelReport]:
     for path in sorted(folder.glob("*.ptx")):
         text = path.read_text()
         for name in set(re.findall(r"\.entry (\w+)\(", text)) & set(shared):
+            kernel = re.sub(r"__\d+$", "", name)  # a number tells those of one name apart
+            if kernel not in names:
+                continue  # the compiler has made it itself
             said = _assemble(path, re.search(r"\.target (\w+)", text)[1], name)
             spills = int(re.search(r"(\d+) bytes spill stores", said)[1])
             registers = int(re.search(r"Used (\d+) registers", said)[1])
-            reports.append(KernelReport(name, int(shared[name]), spills, registers, None))
+            reports.append(KernelReport(kernel, int(shared[name]), spills, registers, None))
     return reports
 
 
@@ -138,13 +136,13 @@ def _assemble(ptx: Path, architecture: str, name: str) -> str:
     return said[said.index(f"'{name}'") :]
 
 
-def _tpu_reports(dumps: Collection[Path]) -> list[KernelReport]:
+def _tpu_reports(dumps: Collection[Path], names: Collection[str]) -> list[KernelReport]:
     files = {re.sub(r"^\d+-", "", path.name): path for path in dumps}  # begin with a time
     reports = []
     for file, path in sorted(files.items()):
         found = re.fullmatch(r"([a-z]\w*\.\d+)-\d+-final_hlo-static-per-bundle-.*", file)
-        if not found:
-            continue
+        if not found or found[1].partition(".")[0] not in names:
+            continue  # a kernel that the compiler has made itself
         kernel = found[1]
         original = files[f"{kernel}-02-original.txt"].read_text()
         sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", original)

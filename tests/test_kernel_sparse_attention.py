@@ -10,13 +10,13 @@ import pytest
 from pallas_kernels.sparse_attention import (
     Seen,
     claims,
-    gpu_keys,
     reference,
     sparse_attention,
 )
 from pallas_kernels.sparse_attention.index import Bits, Entries, Split, Window
+from pallas_kernels.sparse_attention.seen import pack_chosen
 
-KERNELS = ("gpu",)
+KERNELS = ("gpu", "tpu")
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order
 BFLOAT16 = 2**-6  # of the largest value: weights and results rounded, in other places
 WINDOW, RATIO = 20, 4
@@ -145,12 +145,13 @@ def test_the_plain_implementation_is_the_definition():
         np.testing.assert_array_equal(actual, value)
 
 
-def test_a_query_that_sees_no_key_gets_nothing():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_query_that_sees_no_key_gets_nothing(kernel):
     (q, keys, entries, sink), seen = operands([[40]], 16, 32, 8)
     nothing = seen._replace(
         first_key=jnp.arange(40, dtype=jnp.int32)[None] + 1, first=seen.end, chosen=None
     )
-    out, log_total = sparse_attention(q, keys, entries, sink, nothing, WINDOW, "gpu")
+    out, log_total = sparse_attention(q, keys, entries, sink, nothing, WINDOW, kernel)
     np.testing.assert_array_equal(out, 0)
     assert close(log_total, np.broadcast_to(sink, log_total.shape), ROUNDING)
 
@@ -161,7 +162,7 @@ def test_chosen_entries_are_packed_to_bits():
     chosen = np.stack([rng.permutation(count)[:50] for _ in range(6)]).reshape(2, 3, 50)
     chosen[0, 0, 7] = -1
     chosen[1, 2] = -1
-    words = np.asarray(gpu_keys.pack_chosen(jnp.asarray(chosen, jnp.int32), count))
+    words = np.asarray(pack_chosen(jnp.asarray(chosen, jnp.int32), count))
     bits = Bits(count)
     entry = np.arange(count)
     places = [bits.word(int(e)) for e in entry], [bits.bit(int(e)) for e in entry]

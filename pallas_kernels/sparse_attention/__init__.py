@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import AUTO, XLA, choose
-from pallas_kernels.sparse_attention import gpu, gpu_keys, reference
+from pallas_kernels.sparse_attention import gpu, reference, tpu
 from pallas_kernels.sparse_attention.seen import Seen
-from pallas_kernels.target import TPU
+from pallas_kernels.target import GPU, TPU
 
 __all__ = ["Seen", "sparse_attention"]
+
+KERNELS = {GPU: gpu, TPU: tpu}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -45,15 +47,8 @@ def sparse_attention(
     Source: report 2.3; fact sheet 2.3 and 2.5.
     """
     chosen = choose("sparse_attention", implementation)
-    if chosen == XLA:
-        return _plain(q, keys, entries, sink, seen, window)
-    if chosen == TPU:
-        raise ValueError("sparse_attention: expected implementation auto, xla or gpu, got 'tpu'")
-    h, k = q.shape[2:]
-    out, log_total = gpu.attend(
-        *gpu.fitted(q, keys, entries, sink, seen), window=window, scale=k**-0.5
-    )
-    return out[:, :, :h, :k], log_total[:, :, :h]
+    forward = _plain if chosen == XLA else KERNELS[chosen].forward
+    return forward(q, keys, entries, sink, seen, window)
 
 
 def _plain(q, keys, entries, sink, seen: Seen, window: int):
@@ -75,7 +70,8 @@ def _forward(q, keys, entries, sink, seen, window, implementation):
 
 def _backward(window, implementation, kept, grads):
     q, keys, entries, sink, seen, out, log_total = kept
-    if choose("sparse_attention", implementation) == XLA:
+    chosen = choose("sparse_attention", implementation)
+    if chosen == XLA:
         _, pull_back = jax.vjp(
             lambda *operands: _plain(*operands, seen, window), q, keys, entries, sink
         )
@@ -84,21 +80,12 @@ def _backward(window, implementation, kept, grads):
     # What a logit's gradient loses by the total, and gains where that is asked for itself.
     product = out.astype(jnp.float32) * grad.astype(jnp.float32)
     drop = jnp.sum(product, axis=-1) - grad_total
-    scale, (h, k) = q.shape[3] ** -0.5, q.shape[2:]
-    padded = gpu.fitted(q, keys, entries, sink, seen)
-    rows = gpu_keys.Rows(padded.q, *map(gpu.fitted_rows, (grad, log_total, drop)))
-    grad_q = gpu.query_gradient(
-        rows.q, padded.keys, padded.entries, *rows[2:], rows.grad, padded.seen, window=window,
-        scale=scale,
+    grad_q, grad_keys, grad_entries = KERNELS[chosen].gradients(
+        q, keys, entries, sink, seen, window, log_total, drop, grad
     )
-    grad_keys = gpu_keys.key_gradient(rows, padded.keys, padded.seen, window=window, scale=scale)
-    grad_entries = None
-    if entries is not None:
-        grad_entries = gpu_keys.entry_gradient(rows, padded.entries, padded.seen, scale=scale)
-        grad_entries = grad_entries[:, :, :k]
     # The sink takes weight and gives no value.
     grad_sink = -jnp.sum(jnp.exp(sink - log_total) * drop, axis=(0, 1)).astype(sink.dtype)
-    return grad_q[:, :, :h, :k], grad_keys[:, :, :k], grad_entries, grad_sink, None
+    return grad_q, grad_keys, grad_entries, grad_sink, None
 
 
 sparse_attention.defvjp(_forward, _backward)

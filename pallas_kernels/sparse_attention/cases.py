@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.case import Case
 from pallas_kernels.sparse_attention import Seen, sparse_attention
-from pallas_kernels.target import GPU
 
 WIDTH, WINDOW = 512, 128
 CSA, HCA = "CSA", "HCA"
@@ -52,7 +51,7 @@ def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) ->
     return Case(
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
-        own + gathered, platforms=(GPU,),
+        own + gathered,
     )
 
 

@@ -1,235 +1,47 @@
-"""Sparse attention on GPU: a program for each query and group of heads; keys gathered by rows.
-
-The heads of a query are the rows of the matrix products, the keys that it sees their columns: its
-window, then its entries, tile by tile, read straight from where they lie. Rows of 64 heads and 512
-channels fill half of a multiprocessor's registers, so that a program holds no second query.
-"""
+"""Sparse attention and its gradients on GPU."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import pad_axes, power_of_two
-from pallas_kernels.sparse_attention.index import Entries, Window
+from pallas_kernels.sparse_attention.gpu_keys import Rows, entry_gradient, key_gradient
+from pallas_kernels.sparse_attention.gpu_queries import (
+    attend,
+    fitted,
+    fitted_rows,
+    query_gradient,
+)
 from pallas_kernels.sparse_attention.seen import Seen
-from pallas_kernels.target import GPU, target_platform
-
-LOG2_E = math.log2(math.e)  # exponentials are those of 2
 
 
-class Tiles(NamedTuple):
-    """How the work is cut up."""
-
-    heads: int  # of a query in one program
-    keys: int  # of a tile
-    warps: int
-    stages: int  # tiles whose loads are under way
-
-
-FORWARD = Tiles(64, 32, 8, 3)
-QUERY_GRADIENT = Tiles(64, 32, 8, 2)
-
-
-class Fitted(NamedTuple):
-    """Operands whose sizes the kernels take, filled up with zeros: heads, channels, chosen."""
-
-    q: Float[Array, "b t h k"]
-    keys: Float[Array, "b t k"]
-    entries: Float[Array, "b c k"] | None
-    sink: Float[Array, " h"]
-    seen: Seen
-
-
-def fitted(q, keys, entries, sink, seen: Seen) -> Fitted:
-    """Fill up to whole groups of heads, a power of two of channels and whole tiles of chosen."""
-    if seen.chosen is not None:
-        chosen = pad_axes(seen.chosen + 1, {2: FORWARD.keys}) - 1  # filled up with -1
-        seen = seen._replace(chosen=chosen)
-    channels = power_of_two(q.shape[3])
-    return Fitted(
-        fitted_rows(q),
-        pad_axes(keys, {2: channels}),
-        None if entries is None else pad_axes(entries, {2: channels}),
-        pad_axes(sink, {0: _whole_heads(q.shape[2])}),
-        seen,
-    )
-
-
-def fitted_rows(x: Array) -> Array:
-    """Fill up an array [b, t, h, k] or [b, t, h] as the queries are."""
-    multiples = {2: _whole_heads(x.shape[2])}
-    return pad_axes(x, multiples | ({3: power_of_two(x.shape[3])} if x.ndim == 4 else {}))
-
-
-def _whole_heads(heads: int) -> int:
-    return min(FORWARD.heads, power_of_two(heads))
-
-
-def attend(
-    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
-    sink: Float[Array, " h"], seen: Seen, *, window: int, scale: float,
+def forward(
+    q: Float[Array, "b t h k"], keys, entries, sink, seen: Seen, window: int
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
-    """Return the output and the logarithm of the softmax's total; arguments as `fitted`."""
-    tiles = FORWARD
-    heads, width = min(tiles.heads, q.shape[2]), q.shape[3]
-
-    def kernel(q_ref, sink_ref, keys_ref, *refs):
-        *seen_refs, out_ref, total_ref = refs
-        q_rows = q_ref[...]
-
-        def fold(state, kv, visible):
-            top, total, out = state
-            logits = plgpu.dot(q_rows, kv, trans_b=True) * (scale * LOG2_E)
-            logits = jnp.where(visible[None, :], logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
-            weights, shrink = jnp.exp2(logits - new_top[:, None]), jnp.exp2(top - new_top)
-            out = out * shrink[:, None] + plgpu.dot(weights.astype(kv.dtype), kv)
-            return new_top, total * shrink + jnp.sum(weights, axis=1), out
-
-        # The sink is part of every softmax, so that it makes a finite first maximum.
-        top = sink_ref[...] * LOG2_E
-        state = top, jnp.ones_like(top), jnp.zeros((heads, width), jnp.float32)
-        top, total, out = over_tiles(window, tiles.keys, keys_ref, seen_refs, fold, state)
-        out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-        total_ref[...] = (top + jnp.log2(total)) / LOG2_E
-
-    b, t, h, _ = q.shape
-    rows, row = _row_specs(heads, width)
-    return pl.pallas_call(
-        kernel,
-        grid=(t, b, h // heads),
-        in_specs=[
-            rows, pl.BlockSpec((heads,), lambda i, b, g: g), *_key_specs(keys, entries, seen),
-        ],
-        out_specs=[rows, row],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, t, h), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=target_platform() != GPU,
-        name="attend",
-    )(q, sink, *_operands(keys, entries, seen))
+    """Return output and logarithm of the softmax's total, as `sparse_attention` does."""
+    h, k = q.shape[2:]
+    x = fitted(q, keys, entries, sink, seen)
+    out, log_total = attend(*x, window=window, scale=k**-0.5)
+    return out[:, :, :h, :k], log_total[:, :, :h]
 
 
-def query_gradient(
-    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
+def gradients(
+    q: Float[Array, "b t h k"], keys, entries, sink, seen: Seen, window: int,
     log_total: Float[Array, "b t h"], drop: Float[Array, "b t h"], grad: Float[Array, "b t h k"],
-    seen: Seen, *, window: int, scale: float,
-) -> Float[Array, "b t h k"]:
-    """Return the gradient of the queries; arguments as `fitted`.
+) -> tuple[Array, Array, Array | None]:
+    """Return the gradients of q, keys and entries.
 
     Args:
-      grad: of the output.
-      drop: sum of output and its gradient over channels: what a logit's gradient loses by the
-        softmax's total.
+      drop: what a logit's gradient loses by the softmax's total.
     """
-    tiles = QUERY_GRADIENT
-    heads, width = min(tiles.heads, q.shape[2]), q.shape[3]
-
-    def kernel(q_ref, grad_ref, total_ref, drop_ref, keys_ref, *refs):
-        *seen_refs, out_ref = refs
-        q_rows, grad_rows = q_ref[...], grad_ref[...]
-        log_total, drop = total_ref[...] * LOG2_E, drop_ref[...]
-
-        def fold(out, kv, visible):
-            logits = plgpu.dot(q_rows, kv, trans_b=True) * (scale * LOG2_E)
-            weights = jnp.exp2(jnp.where(visible[None, :], logits, -jnp.inf) - log_total[:, None])
-            error = weights * (plgpu.dot(grad_rows, kv, trans_b=True) - drop[:, None])
-            return out + plgpu.dot(error.astype(kv.dtype), kv)
-
-        out = jnp.zeros((heads, width), jnp.float32)
-        out = over_tiles(window, tiles.keys, keys_ref, seen_refs, fold, out)
-        out_ref[...] = (out * scale).astype(out_ref.dtype)
-
-    b, t, h, _ = q.shape
-    rows, row = _row_specs(heads, width)
-    return pl.pallas_call(
-        kernel,
-        grid=(t, b, h // heads),
-        in_specs=[rows, rows, row, row, *_key_specs(keys, entries, seen)],
-        out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        interpret=target_platform() != GPU,
-        name="query_gradient",
-    )(q, grad, log_total, drop, *_operands(keys, entries, seen))
-
-
-def over_tiles(window: int, tile: int, keys_ref, seen_refs, fold: Callable, state):
-    """Fold all that this program's query sees into a state.
-
-    Args:
-      seen_refs: of the first key and, if there are entries, these and which of them are seen.
-      fold: from a state, a tile of key-values and which of them are seen to a state.
-    """
-    query, place = pl.program_id(0), jnp.arange(tile)
-    first_key_ref, *entry_refs = seen_refs
-    first_key, keys = first_key_ref[...], Window(window, tile)
-
-    def window_tile(i, state):
-        key = keys.key(query, first_key, i, place)
-        kv = keys_ref[keys.row(key, query), :]
-        return fold(state, kv, keys.sees(query, key))
-
-    state = jax.lax.fori_loop(0, keys.tiles(query, first_key), window_tile, state)
-    if len(entry_refs) == 2:
-        return _over_chosen(tile, *entry_refs, fold, state)
-    if len(entry_refs) == 3:
-        return _over_range(tile, *entry_refs, fold, state)
-    return state
-
-
-def _over_range(tile: int, entries_ref, first_ref, end_ref, fold: Callable, state):
-    first, end, entries = first_ref[...], end_ref[...], Entries(tile)
-
-    def range_tile(i, state):
-        entry = entries.entry(first, i, jnp.arange(tile))
-        kv = entries_ref[entries.row(entry, end), :]
-        return fold(state, kv, entries.sees(end, entry))
-
-    return jax.lax.fori_loop(0, entries.tiles(first, end), range_tile, state)
-
-
-def _over_chosen(tile: int, entries_ref, chosen_ref, fold: Callable, state):
-    def chosen_tile(i, state):
-        entry = chosen_ref[pl.ds(i * tile, tile)]
-        kv = entries_ref[jnp.maximum(entry, 0), :]
-        return fold(state, kv, entry >= 0)
-
-    return jax.lax.fori_loop(0, chosen_ref.shape[0] // tile, chosen_tile, state)
-
-
-def _row_specs(heads: int, width: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
-    """Return the blocks of a program's rows [b, t, h, k] and of one number each [b, t, h]."""
-    return (
-        pl.BlockSpec((None, None, heads, width), lambda i, b, g: (b, i, g, 0)),
-        pl.BlockSpec((None, None, heads), lambda i, b, g: (b, i, g)),
+    h, k = q.shape[2:]
+    x, scale = fitted(q, keys, entries, sink, seen), k**-0.5
+    rows = Rows(x.q, *map(fitted_rows, (grad, log_total, drop)))
+    grad_q = query_gradient(
+        x.q, x.keys, x.entries, rows.log_total, rows.drop, rows.grad, x.seen, window=window,
+        scale=scale,
     )
-
-
-def _operands(keys, entries, seen: Seen) -> list[Array]:
-    if entries is None:
-        return [keys, seen.first_key]
-    if seen.chosen is not None:
-        return [keys, seen.first_key, entries, seen.chosen]
-    return [keys, seen.first_key, entries, seen.first, seen.end]
-
-
-def _key_specs(keys, entries, seen: Seen) -> list[pl.BlockSpec]:
-    """Return the blocks of `_operands`: whole rows, and what belongs to the query."""
-
-    def spec(x):
-        if x is keys or x is entries:
-            return pl.BlockSpec((None, *x.shape[1:]), lambda i, b, g: (b, 0, 0))
-        rest = x.shape[2:]
-        return pl.BlockSpec((None, None, *rest), lambda i, b, g: (b, i, *(0 for _ in rest)))
-
-    return [spec(x) for x in _operands(keys, entries, seen)]
+    grad_keys = key_gradient(rows, x.keys, x.seen, window=window, scale=scale)
+    grad_entries = None
+    if entries is not None:
+        grad_entries = entry_gradient(rows, x.entries, x.seen, scale=scale)[:, :, :k]
+    return grad_q[:, :, :h, :k], grad_keys[:, :, :k], grad_entries

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.index_math import cdiv, div, mod
-from pallas_kernels.sparse_attention.gpu import LOG2_E
+from pallas_kernels.sparse_attention.gpu_queries import LOG2_E
 from pallas_kernels.sparse_attention.index import Bits, Split, Window
-from pallas_kernels.sparse_attention.seen import Seen
+from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
 from pallas_kernels.target import GPU, target_platform
 
 
@@ -37,7 +37,7 @@ PROGRAMS = 264  # two for each of an H100's multiprocessors, to share them evenl
 
 
 class Rows(NamedTuple):
-    """What belongs to queries, as `gpu.query_gradient` takes it."""
+    """What belongs to queries, as `gpu_queries.query_gradient` takes it."""
 
     q: Float[Array, "b t h k"]
     grad: Float[Array, "b t h k"]
@@ -99,17 +99,6 @@ def entry_gradient(
 def _numbers(tile) -> Int[Array, " s"]:
     """Return the numbers of a tile's rows."""
     return tile * TILES.keys + jnp.arange(TILES.keys)
-
-
-def pack_chosen(chosen: Int[Array, "b t l"], entries: int) -> Int[Array, "b t w"]:
-    """Return chosen entries as `Bits`."""
-    bits = Bits(entries)
-    entry = jnp.maximum(chosen, 0)
-    word = jnp.where(chosen >= 0, bits.word(entry), bits.words)
-    value = jnp.left_shift(1, bits.bit(entry))
-    empty = jnp.zeros((*chosen.shape[:2], bits.words), jnp.int32)
-    scatter = jax.vmap(jax.vmap(lambda row, at, x: row.at[at].add(x, mode="drop")))
-    return scatter(empty, word, value)
 
 
 def _gradient(rows: Rows, kv, per_query: list, ranges: list, queries, visible, scale: float):

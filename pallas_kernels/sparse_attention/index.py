@@ -103,3 +103,68 @@ class Split(NamedTuple):
         size = cdiv(maximum(end - begin, 0), self.parts)
         first = minimum(begin + part * size, end)
         return first, minimum(first + size, end)
+
+
+class Blocks(NamedTuple):
+    """The blocks of a grid (row, block of queries, step) on TPU.
+
+    The first steps are for blocks of keys, the last of which holds the queries themselves, the
+    others for blocks of entries, from the first to the last that any of the queries sees.
+    """
+
+    window: int
+    queries: int  # of a block; divides `keys`
+    keys: int  # of a block
+    entries: int  # of a block
+
+    @property
+    def window_steps(self) -> Index:
+        """Return how many blocks hold the windows of a block of queries."""
+        return 1 + cdiv(self.window - 1, self.keys)
+
+    def key_block(self, block: Index, step: Index) -> Index:
+        """Return the block of keys of a step; below 0 there is none."""
+        return div(block * self.queries, self.keys) - (self.window_steps - 1) + step
+
+    def key_block_read(self, block: Index, step: Index) -> Index:
+        """Return the block of keys that is in memory at a step."""
+        return maximum(self.key_block(block, minimum(step, self.window_steps - 1)), 0)
+
+    def entry_block(self, step: Index) -> Index:
+        """Return the block of entries of a step; below 0 it is a step for keys."""
+        return step - self.window_steps
+
+    def entry_block_read(self, step: Index, first: Index, last: Index) -> Index:
+        """Return the block of entries that is in memory at a step: those not seen are not read."""
+        return maximum(minimum(self.entry_block(step), last), first)
+
+    def shows(self, query: Index, first_key: Index, key: Index) -> Truth:
+        """Say whether a query sees a key."""
+        return (key <= query) & (key > query - self.window) & (key >= first_key)
+
+    def word_block(self, entry_block: Index) -> Index:
+        """Return the block of 128 words that has the bits of a block of entries."""
+        return div(entry_block * self.entries, Bits.LANES * Bits.WORD)
+
+    def first_bit(self, entry_block: Index) -> Index:
+        """Return the bit that its first 128 entries have; the next 128 have the next one."""
+        return mod(div(entry_block * self.entries, Bits.LANES), Bits.WORD)
+
+    # The other way round, for gradients: a grid (row, block of keys, step), steps for queries.
+
+    @property
+    def query_steps(self) -> Index:
+        """Return how many blocks of queries may see a block of keys."""
+        return cdiv(self.keys + self.window - 1, self.queries)
+
+    def query_block(self, key_block: Index, step: Index) -> Index:
+        """Return the block of queries of a step; it may lie past the last."""
+        return div(key_block * self.keys, self.queries) + step
+
+    def query_block_read(self, key_block: Index, step: Index, last: Index) -> Index:
+        """Return the block of queries that is in memory at a step."""
+        return minimum(self.query_block(key_block, step), last)
+
+    def clamped(self, step: Index, first: Index, end: Index) -> Index:
+        """Return the block of a range that is in memory at a step; of none, block 0."""
+        return maximum(minimum(maximum(step, first), end - 1), 0)

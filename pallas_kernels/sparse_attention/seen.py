@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from pallas_kernels.sparse_attention.index import Bits
 
 
 class Seen(NamedTuple):
@@ -18,3 +22,14 @@ class Seen(NamedTuple):
     first: Int[Array, "b t"] | None = None
     end: Int[Array, "b t"] | None = None
     chosen: Int[Array, "b t l"] | None = None  # negative: none
+
+
+def pack_chosen(chosen: Int[Array, "b t l"], entries: int) -> Int[Array, "b t w"]:
+    """Return chosen entries as `Bits`."""
+    bits = Bits(entries)
+    entry = jnp.maximum(chosen, 0)
+    word = jnp.where(chosen >= 0, bits.word(entry), bits.words)
+    value = jnp.left_shift(1, bits.bit(entry))
+    empty = jnp.zeros((*chosen.shape[:2], bits.words), jnp.int32)
+    scatter = jax.vmap(jax.vmap(lambda row, at, x: row.at[at].add(x, mode="drop")))
+    return scatter(empty, word, value)
