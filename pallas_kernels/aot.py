@@ -38,8 +38,12 @@ GPUS = ("h100", "b200")
 TARGETS = (*TPUS, *GPUS)
 CASES = (newton_schulz, sparse_attention)
 
-# Read when the TPU compiler is first used in a process.
-_TPU_DUMPS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+# Read when the TPU compiler is first used in a process. All passes of a large program would be
+# gigabytes.
+_TPU_DUMPS = (
+    "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=original|final_hlo"
+)
 
 
 class KernelReport(NamedTuple):
@@ -73,18 +77,33 @@ def compile_for(target: str, function: Callable, *arguments: jax.ShapeDtypeStruc
     platform = "cuda" if target in GPUS else "tpu"
     with compiling_for(device):
         lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,))
-    names = set(re.findall(r'(?:kernel_name| name) = "(\w+)"', lowered.as_text()))
+    written = _kernels(lowered.as_text())
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         lowered.compile(compiler_options={"xla_dump_to": folder} if target in GPUS else None)
         seconds = time.perf_counter() - start
         if target in GPUS:
-            return Compiled(seconds, tuple(_gpu_reports(Path(folder), names)))
+            return Compiled(seconds, _of(written, _gpu_reports(Path(folder))))
     dumps = list(_tpu_dumps().iterdir())
-    reports = _tpu_reports(dumps, names)
+    reports = _tpu_reports(dumps)
     for path in dumps:
         path.unlink()
-    return Compiled(seconds, tuple(reports))
+    return Compiled(seconds, _of(written, reports))
+
+
+def _kernels(program: str) -> set[str]:
+    """Return the names of a program's own kernels; compilers make others of what is around them."""
+    return set(re.findall(r'\b(?:kernel_)?name = "(\w+)"', program))
+
+
+def _of(names: Collection[str], reports: Collection[KernelReport]) -> tuple[KernelReport, ...]:
+    """Keep reports of these kernels, to whose names transformations and repetitions add."""
+    kept = []
+    for report in reports:
+        found = [name for name in names if name in report.name]
+        if found:
+            kept.append(report._replace(name=max(found, key=len)))
+    return tuple(kept)
 
 
 @functools.cache
@@ -108,7 +127,7 @@ def _tpu_dumps() -> Path:
     return Path(tempfile.mkdtemp(prefix="tpu_dumps_"))
 
 
-def _gpu_reports(folder: Path, names: Collection[str]) -> list[KernelReport]:
+def _gpu_reports(folder: Path) -> tuple[KernelReport, ...]:
     launches = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
     shared = dict(
         re.findall(r"CustomKernel.*?\] (\S+) grid:.*?shared_memory: (\d+)", launches)
@@ -117,14 +136,11 @@ def _gpu_reports(folder: Path, names: Collection[str]) -> list[KernelReport]:
     for path in sorted(folder.glob("*.ptx")):
         text = path.read_text()
         for name in set(re.findall(r"\.entry (\w+)\(", text)) & set(shared):
-            kernel = re.sub(r"__\d+$", "", name)  # a number tells those of one name apart
-            if kernel not in names:
-                continue  # the compiler has made it itself
             said = _assemble(path, re.search(r"\.target (\w+)", text)[1], name)
             spills = int(re.search(r"(\d+) bytes spill stores", said)[1])
             registers = int(re.search(r"Used (\d+) registers", said)[1])
-            reports.append(KernelReport(kernel, int(shared[name]), spills, registers, None))
-    return reports
+            reports.append(KernelReport(name, int(shared[name]), spills, registers, None))
+    return tuple(reports)
 
 
 def _assemble(ptx: Path, architecture: str, name: str) -> str:
@@ -136,20 +152,23 @@ def _assemble(ptx: Path, architecture: str, name: str) -> str:
     return said[said.index(f"'{name}'") :]
 
 
-def _tpu_reports(dumps: Collection[Path], names: Collection[str]) -> list[KernelReport]:
-    files = {re.sub(r"^\d+-", "", path.name): path for path in dumps}  # begin with a time
+def _tpu_reports(dumps: Collection[Path]) -> tuple[KernelReport, ...]:
+    # Names are a time, the kernel, a number and what was dumped.
+    named = ((re.fullmatch(r"\d+-([a-z]\w*\.\d+)-\d+-(.*)", p.name), p) for p in dumps)
+    files = {found.groups(): path for found, path in named if found}
     reports = []
-    for file, path in sorted(files.items()):
-        found = re.fullmatch(r"([a-z]\w*\.\d+)-\d+-final_hlo-static-per-bundle-.*", file)
-        if not found or found[1].partition(".")[0] not in names:
-            continue  # a kernel that the compiler has made itself
-        kernel = found[1]
-        original = files[f"{kernel}-02-original.txt"].read_text()
+    for (kernel, what), path in sorted(files.items()):
+        if not what.startswith("final_hlo-static-per-bundle-"):
+            continue
+        original = files.get((kernel, "original.txt"))
+        if original is None:
+            continue  # the compiler's own
+        original = original.read_text()
         sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", original)
         spills, bundles = _schedule(path.read_text())
         memory = sum(int(size, 16) for size in sizes)
         reports.append(KernelReport(kernel.partition(".")[0], memory, spills, None, bundles))
-    return reports
+    return tuple(reports)
 
 
 def _schedule(text: str) -> tuple[int, int]:
@@ -168,25 +187,14 @@ def all_cases() -> Iterator[Case]:
         yield from module.cases()
 
 
-def cases_by_target() -> Iterator[tuple[Case, str]]:
-    """Yield every case with each target that it has a kernel for."""
-    for case, target in itertools.product(all_cases(), TARGETS):
-        if platform_of(target) in case.platforms:
-            yield case, target
-
-
-def platform_of(target: str) -> str:
-    """Return "gpu" or "tpu"."""
-    return GPU if target in GPUS else TPU
-
-
 def rows(case: Case, target: str) -> Iterator[str]:
     """Compile a case for a target and yield a row of the table for each of its kernels.
 
     Raises:
       jax.errors.JaxRuntimeError: the device's compiler refuses it.
     """
-    seconds, kernels = compile_for(target, case.run(platform_of(target)), *case.arguments)
+    implementation = GPU if target in GPUS else TPU
+    seconds, kernels = compile_for(target, case.run(implementation), *case.arguments)
     for name, memory, spills, registers, bundles in kernels:
         said = [registers, bundles, spills]
         said = " | ".join("" if x is None else f"{x:,}" for x in said)
@@ -205,7 +213,7 @@ HEADING = (
 def main() -> None:
     """Print what the compilers say of every kernel."""
     print(HEADING)
-    for case, target in cases_by_target():
+    for case, target in itertools.product(all_cases(), TARGETS):
         for row in rows(case, target):
             print(row, flush=True)
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.target import GPU, TPU
-
 
 class Case(NamedTuple):
     """One call of an operation."""
@@ -19,4 +17,3 @@ class Case(NamedTuple):
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     flops: float  # that the result needs, not those that a kernel spends
     bytes: float  # read and written at least
-    platforms: tuple[str, ...] = (GPU, TPU)  # that there is a kernel for

@@ -6,7 +6,7 @@ from pallas_kernels.target import GPU, TPU, target_platform
 
 AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
-OPERATIONS = ("newton_schulz", "sparse_attention")
+OPERATIONS = ("newton_schulz",)
 
 
 def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> str:

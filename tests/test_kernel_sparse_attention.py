@@ -13,7 +13,7 @@ from pallas_kernels.sparse_attention import (
     reference,
     sparse_attention,
 )
-from pallas_kernels.sparse_attention.index import Bits, Entries, Split, Window
+from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Split, Window
 from pallas_kernels.sparse_attention.seen import pack_chosen
 
 KERNELS = ("gpu", "tpu")
@@ -203,12 +203,28 @@ class PiecesOverlap(Split):
         return first, last + 1
 
 
+class BlocksOneShort(Blocks):
+    """Blocks of keys that begin one too late."""
+
+    @property
+    def window_steps(self):
+        return super().window_steps - 1
+
+
+class WordsOneOff(Blocks):
+    """Bits that are looked for one place too far."""
+
+    def first_bit(self, entry_block):
+        return super().first_bit(entry_block) + 1
+
+
 @pytest.mark.parametrize(
     ("broken", "kernel"),
     [
         ({"window": WindowOneShort}, "window"), ({"window": WindowOneShort}, "gradient of keys"),
         ({"entries": EndIncluded}, "range of entries"), ({"bits": SharedBits}, "chosen entries"),
-        ({"split": PiecesOverlap}, "queries shared"),
+        ({"split": PiecesOverlap}, "queries shared"), ({"blocks": BlocksOneShort}, "TPU, keys"),
+        ({"blocks": WordsOneOff}, "TPU, entries"),
     ],
 )
 def test_index_functions_that_are_one_off_are_refuted(broken, kernel):

@@ -10,17 +10,19 @@ from collections.abc import Iterator
 
 from pallas_kernels.index_math import div, mod
 from pallas_kernels.prove import Proof
-from pallas_kernels.sparse_attention.index import Bits, Entries, Split, Window
+from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Split, Window
 
 OPERATION = "sparse_attention"
 TOKENS = 2**20  # in a row, at most
 TILES = (32, 64)
 PARTS = 16  # that share the queries of a tile, at most
+QUERIES = (8, 16, 32, 64)  # of a block on TPU
+KEY_BLOCK, ENTRY_BLOCK = 128, 512
 
 
 def proofs(
     window: type[Window] = Window, entries: type[Entries] = Entries, bits: type[Bits] = Bits,
-    split: type[Split] = Split,
+    split: type[Split] = Split, blocks: type[Blocks] = Blocks,
 ) -> Iterator[Proof]:
     """Yield what is to be proved, of the index functions of these kinds."""
     for tile in TILES:
@@ -30,6 +32,10 @@ def proofs(
         yield _entries_of_queries(tile)
         yield _bits(bits, tile)
     yield _pieces(split)
+    for queries in QUERIES:
+        yield _blocks_of_keys(blocks, queries)
+        yield _blocks_of_entries(blocks, queries)
+        yield _blocks_of_queries(blocks, queries)
 
 
 def _query(proof: Proof):
@@ -169,4 +175,87 @@ def _pieces(kind: type[Split]) -> Proof:
         proof.state(f"{parts} pieces end at the end", (begin <= end).implies(pieces[-1][1] == end))
         nothing = pieces[0][0] >= pieces[0][1]
         proof.state(f"{parts} pieces of nothing are empty", (begin > end).implies(nothing))
+    return proof
+
+
+def _block_and_query(proof: Proof, queries: int):
+    """Return a row's blocks of keys, a block of queries, one of these and its first key."""
+    key_blocks = proof.integer("blocks of keys", 1, TOKENS // KEY_BLOCK)
+    block = proof.integer("block", 0, key_blocks * (KEY_BLOCK // queries) - 1)
+    query = block * queries + proof.integer("place", 0, queries - 1)
+    return key_blocks, block, query, proof.integer("first_key", 0, query)
+
+
+def _blocks_of_keys(kind: type[Blocks], queries: int) -> Proof:
+    proof = Proof(OPERATION, f"TPU, keys for blocks of {queries} queries")
+    width = proof.integer("window", 1, TOKENS)
+    blocks = kind(width, queries, KEY_BLOCK, ENTRY_BLOCK)
+    key_blocks, block, query, first_key = _block_and_query(proof, queries)
+    key = proof.integer("key", 0, query)
+    shown = _shown(query, first_key, width, key)
+    own = div(key, KEY_BLOCK)
+    step_of_key = own - blocks.key_block(block, 0)
+    proof.state("a shown key has a step", shown.implies(
+        (step_of_key >= 0) & (step_of_key < blocks.window_steps)
+    ))
+    proof.state("the mask is the definition", blocks.shows(query, first_key, key).same_as(shown))
+    step, other = (proof.integer(x, 0, blocks.window_steps - 1) for x in ("step", "step'"))
+    here, there = (blocks.key_block(block, x) for x in (step, other))
+    proof.state("no block has two steps", (here == there).implies(step == other))
+    read = blocks.key_block_read(block, step)
+    proof.state("a step's block is the one that is read", (here >= 0).implies(read == here))
+    any_step = proof.integer("any step", 0, TOKENS)
+    read = blocks.key_block_read(block, any_step)
+    proof.state("blocks that are read exist", (read >= 0) & (read < key_blocks))
+    return proof
+
+
+def _blocks_of_entries(kind: type[Blocks], queries: int) -> Proof:
+    proof = Proof(OPERATION, f"TPU, entries for blocks of {queries} queries")
+    width = proof.integer("window", 1, TOKENS)
+    blocks = kind(width, queries, KEY_BLOCK, ENTRY_BLOCK)
+    count = proof.integer("blocks of entries", 1, TOKENS // ENTRY_BLOCK)
+    first = proof.integer("first", 0, count - 1)
+    last = proof.integer("last", first, count - 1)
+    step = proof.integer("step", 0, blocks.window_steps + count - 1)
+    block, read = blocks.entry_block(step), blocks.entry_block_read(step, first, last)
+    wanted = (first <= block) & (block <= last)
+    proof.state("blocks that are read exist", (read >= 0) & (read < count))
+    proof.state("a wanted block is the one that is read", wanted.implies(read == block))
+    some = proof.integer("some block", 0, count - 1)
+    step_of_block = blocks.window_steps + some
+    proof.state("every block has a step", blocks.entry_block(step_of_block) == some)
+    entry = read * ENTRY_BLOCK + proof.integer("place", 0, ENTRY_BLOCK - 1)
+    bits = Bits(count * ENTRY_BLOCK)
+    lane = mod(entry, Bits.LANES)
+    proof.state("an entry's word is read",
+                bits.word(entry) == blocks.word_block(read) * Bits.LANES + lane)
+    group = div(entry - read * ENTRY_BLOCK, Bits.LANES)
+    proof.state("and its bit is looked at", bits.bit(entry) == blocks.first_bit(read) + group)
+    return proof
+
+
+def _blocks_of_queries(kind: type[Blocks], queries: int) -> Proof:
+    proof = Proof(OPERATION, f"TPU, blocks of {queries} queries for keys")
+    width = proof.integer("window", 1, TOKENS)
+    blocks = kind(width, queries, KEY_BLOCK, ENTRY_BLOCK)
+    key_blocks, block, query, first_key = _block_and_query(proof, queries)
+    key = proof.integer("key", 0, query)
+    own = div(key, KEY_BLOCK)
+    step_of_query = block - blocks.query_block(own, 0)
+    proof.state("a query that is shown a key has a step", _shown(
+        query, first_key, width, key
+    ).implies((step_of_query >= 0) & (step_of_query < blocks.query_steps)))
+    last = key_blocks * (KEY_BLOCK // queries) - 1
+    step = proof.integer("step", 0, blocks.query_steps - 1)
+    here, read = blocks.query_block(own, step), blocks.query_block_read(own, step, last)
+    proof.state("a step's block is the one that is read", (here <= last).implies(read == here))
+    proof.state("blocks that are read exist", (read >= 0) & (read <= last))
+    first = proof.integer("first", 0, last + 1)
+    end = proof.integer("end", 0, last + 1)
+    any_step = proof.integer("any step", 0, last)
+    read = blocks.clamped(any_step, first, end)
+    proof.state("of a range, too", (read >= 0) & (read <= last))
+    proof.state("and a wanted one is read",
+                ((any_step >= first) & (any_step < end)).implies(read == any_step))
     return proof
