@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.errors import InputError
-from pallas_kernels.implementation import check_choices
+from pallas_kernels.implementation import XLA, check_choices, implementation_of
 
 WINDOW, CSA, HCA = "window", "csa", "hca"
 HASH, LEARNED = "hash", "learned"
@@ -136,6 +136,10 @@ class Runtime:
     def compute_dtype(self) -> jnp.dtype:
         """The dtype of activations."""
         return jnp.dtype(self.dtype)
+
+    def implementation(self, operation: str) -> str:
+        """Return which implementation of an operation runs; kernels take no sharded arrays."""
+        return implementation_of(operation, self.kernels if self.mesh is None else XLA)
 
     @property
     def entry_format(self) -> str:

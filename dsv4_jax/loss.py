@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from dsv4_jax.attention.layout import tokens_ahead
 from dsv4_jax.chunks import join, map_chunks, split
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Logits, Tokens
+from pallas_kernels import cross_entropy
+from pallas_kernels.implementation import XLA
 
 
 def shifted_targets(
@@ -23,16 +25,28 @@ def shifted_targets(
     return targets, counts.astype(jnp.float32)
 
 
-@jax.custom_vjp
 def token_nats(
     hidden: Hidden, head: Float[Array, "d v"], targets: Int[Array, "b t"],
-    weights: Float[Array, "b t"],
+    weights: Float[Array, "b t"], *, implementation: str = XLA,
 ) -> Float[Array, ""]:
     """Return the weighted sum of -log softmax(hidden head)[target], in nats.
 
-    Logits exist for a stretch of tokens at a time, in float32. Where the gradient is wanted it is
-    made while they exist, so that they are computed once.
+    In plain JAX logits exist for a stretch of tokens at a time, in float32. Where the gradient is
+    wanted it is made while they exist, so that they are computed once.
+
+    Args:
+      implementation: "xla", a kernel's, or "auto".
     """
+    chosen = cross_entropy.choose_for(hidden, head, implementation)
+    if chosen == XLA:
+        return _token_nats(hidden, head, targets, weights)
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (hidden, targets, weights))
+    hidden, targets, weights = flat
+    return cross_entropy.token_nats(hidden, head, targets, weights, chosen)
+
+
+@jax.custom_vjp
+def _token_nats(hidden, head, targets, weights):
     head = head.astype(hidden.dtype)
 
     def nats(stretch):
@@ -73,7 +87,8 @@ def _token_nats_backward(gradients, scale):
     return grad_hidden, grad_head, None, grad_weights
 
 
-token_nats.defvjp(_token_nats_forward, _token_nats_backward)
+_token_nats.defvjp(_token_nats_forward, _token_nats_backward)
+
 
 def token_scores(
     hidden: Hidden, head: Float[Array, "d v"], targets: Int[Array, "b t"]

@@ -286,7 +286,7 @@ def make_evaluation(
         params = round_weights(params, config.model, config.runtime.linears)
         inputs = _model_inputs(batch)
         features = model.apply({"params": params}, **inputs, mtp=False, method="features")
-        return token_nats(features.hidden, params["head"], *_targets(batch, 1))
+        return _nats(model, features.hidden, params["head"], _targets(batch, 1))
 
     return evaluate
 
@@ -320,6 +320,14 @@ def _model_inputs(batch: Batch) -> Batch:
 def _targets(batch: Batch, shift: int) -> tuple[Array, Array]:
     return shifted_targets(
         batch["tokens"], batch.get("segment_ids"), shift, batch.get("loss_mask")
+    )
+
+
+def _nats(
+    model: Transformer, hidden: Array, head: Array, targets: tuple[Array, Array]
+) -> Float[Array, ""]:
+    return token_nats(
+        hidden, head, *targets, implementation=model.runtime.implementation("cross_entropy")
     )
 
 
@@ -379,14 +387,14 @@ def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: 
     features = model.apply({"params": params}, **inputs, mtp=mtp, experts=chosen, method="features")
     head, mtp_nats = params["head"], jnp.zeros(())
     if features.mtp_hidden is not None:
-        mtp_nats = token_nats(features.mtp_hidden, head, *_targets(batch, 2))
+        mtp_nats = _nats(model, features.mtp_hidden, head, _targets(batch, 2))
     layers = features.layers.values()
     lesson = Lesson(*(jnp.zeros(()) for _ in Lesson._fields))
     for stats in layers:
         if stats.lesson is not None:
             lesson = jax.tree.map(lambda total, x: total + jnp.sum(x), lesson, stats.lesson)
     return Sums(
-        next_token=token_nats(features.hidden, head, *_targets(batch, 1)),
+        next_token=_nats(model, features.hidden, head, _targets(batch, 1)),
         mtp=mtp_nats,
         balance=share * sum(jnp.sum(stats.balance_loss) for stats in layers),
         **lesson._asdict(),

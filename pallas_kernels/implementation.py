@@ -6,7 +6,7 @@ from pallas_kernels.target import GPU, TPU, target_platform
 
 AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
-OPERATIONS = ("newton_schulz",)
+OPERATIONS = ("cross_entropy", "newton_schulz")  # of the model and its training
 
 
 def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> str:

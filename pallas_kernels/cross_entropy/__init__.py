@@ -73,12 +73,22 @@ def token_scores(
     return _scores(hidden, head, targets, chosen)
 
 
-def _choose(hidden: Array, head: Array, targets: Array, implementation: str) -> str:
+def choose_for(hidden: Array, head: Array, implementation: str) -> str:
+    """Return "xla", "gpu" or "tpu".
+
+    Raises:
+      ValueError: there is no such implementation, or its kernels do not take these arrays.
+    """
     chosen = choose("cross_entropy", implementation, worthwhile=head.shape[1] >= WORTHWHILE)
     if chosen != XLA and hidden.dtype.name not in DTYPES:
         raise ValueError(
             f"cross_entropy: expected hidden in {' or '.join(DTYPES)}, got {hidden.dtype.name}"
         )
+    return chosen
+
+
+def _choose(hidden: Array, head: Array, targets: Array, implementation: str) -> str:
+    chosen = choose_for(hidden, head, implementation)
     if hidden.ndim != 2 or hidden.shape != (*targets.shape, *head.shape[:1]) or not hidden.size:
         raise ValueError(
             "cross_entropy: expected hidden [t, d], head [d, v] and targets [t], none empty, got "
