@@ -1,0 +1,75 @@
+"""FP4 weights and FP8 tokens: their values, by arithmetic that kernels can do too.
+
+A matrix [out, in] is stored as E2M1 codes, two in a byte along `in` with the even column in the low
+half, and an E8M0 scale, 2^(byte - 127), for each 32 of them. To spare a kernel from interleaving
+these halves, what is multiplied with them has its even columns first, then the odd ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.blocks import pad_axes
+
+BYTES = 16  # of codes that share a scale
+GROUP = 128  # channels of a token that share one
+FLOOR = 1e-4  # the least that they are scaled for
+LARGEST = 448.0  # E4M3
+
+
+class Fp4(NamedTuple):
+    """The matrices of all experts."""
+
+    codes: UInt8[Array, "e out in/2"]
+    scales: UInt8[Array, "e out in/32"]
+
+
+def powers(scales: Array) -> Float[Array, "..."]:
+    """Return the multiplier of each scale; that of 0, 2^-127, is too small for float32: 0."""
+    return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+
+
+def decode(
+    codes: UInt8[Array, "*s n"], scales: Float[Array, "*s n"], dtype
+) -> tuple[Float[Array, "*s n"], Float[Array, "*s n"]]:
+    """Return the values of even and of odd columns: exact in bfloat16."""
+    both = codes.astype(jnp.int32)
+    return tuple((_value(half) * scales).astype(dtype) for half in (both & 15, both >> 4))
+
+
+def _value(code: Int[Array, "*s"]) -> Float[Array, "*s"]:
+    """Return 0, .5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and these below 0 for 8 to 15."""
+    exponent, mantissa = code >> 1 & 3, code & 1
+    doubled = jnp.where(exponent == 0, mantissa, mantissa + 2 << jnp.maximum(exponent - 1, 0))
+    value = 0.5 * doubled.astype(jnp.float32)
+    return jnp.where(code >= 8, -value, value)
+
+
+def decoded(matrices: Fp4) -> Float[Array, "e out in"]:
+    """Return all values in float32."""
+    scales = jnp.repeat(powers(matrices.scales), BYTES, axis=-1)
+    halves = decode(matrices.codes, scales, jnp.float32)
+    return jnp.stack(halves, axis=-1).reshape(*scales.shape[:-1], -1)
+
+
+def halves(x: Float[Array, "n k"], unit: int) -> Float[Array, "n l"]:
+    """Put even columns before odd ones, each filled up to a multiple of `unit`."""
+    return jnp.concatenate([pad_axes(x[:, k::2], {1: unit}) for k in (0, 1)], axis=1)
+
+
+def round_tokens(x: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    """Round to FP8 (E4M3) under the least power of two that fits each group of channels."""
+    columns = x.shape[1]
+    groups = pad_axes(x.astype(jnp.float32), {1: GROUP}).reshape(x.shape[0], -1, GROUP)
+    largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=2, keepdims=True), FLOOR)
+    # Between two powers of two the bits of a float32 count its values.
+    above, below = (jax.lax.bitcast_convert_type(v, jnp.int32) for v in
+                    (largest, jnp.float32(LARGEST)))  # fmt: skip
+    exponent = (above - below + (1 << 23) - 1) >> 23
+    codes = (groups * powers(127 - exponent)).astype(jnp.float8_e4m3fn)
+    rounded = codes.astype(jnp.float32) * powers(127 + exponent)
+    return rounded.reshape(x.shape[0], -1)[:, :columns].astype(x.dtype)
