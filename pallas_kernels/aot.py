@@ -185,9 +185,9 @@ def _schedule(text: str) -> tuple[int, int]:
 
 
 def all_cases() -> Iterator[Case]:
-    """Yield the cases of every operation."""
+    """Yield cases of every operation that together have each of its kernels."""
     for module in CASES:
-        yield from module.cases()
+        yield from (case for case in module.cases() if not case.covered)
 
 
 def rows(case: Case, target: str) -> Iterator[str]:

@@ -17,3 +17,4 @@ class Case(NamedTuple):
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     flops: float  # that the result needs, not those that a kernel spends
     bytes: float  # read and written at least
+    covered: bool = False  # another case has the same kernels at the same shapes

@@ -50,6 +50,7 @@ def _case(model: str, shape: Shape, name: str, run, tokens: int, products: int) 
     return Case(
         "moe", f"{model}: {name}", run, (x, experts, weights, gate, gate, down),
         products * 2 * tokens * CHOICES * d * f, moved * (1 if products == 3 else 3),
+        covered=name == "forward",
     )
 
 

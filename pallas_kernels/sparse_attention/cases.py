@@ -51,7 +51,7 @@ def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) ->
     return Case(
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
-        own + gathered,
+        own + gathered, covered=not backward and tokens == TOKENS[0],
     )
 
 
