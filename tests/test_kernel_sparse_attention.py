@@ -98,7 +98,11 @@ def close(actual, wanted, tolerance):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", ("window", "range", "chosen"))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "documents" else pytest.param(case, marks=pytest.mark.heavy)
+     for case in CASES],
+)
 def test_values_and_gradients_are_those_of_the_definition(case, kind, kernel):
     arrays, seen, mask = of_kind(kind, *operands(*CASES[case]))
     definition = written_out(arrays, seen, mask)
