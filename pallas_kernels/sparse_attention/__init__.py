@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.sparse_attention import gpu, reference, tpu
-from pallas_kernels.sparse_attention.seen import Seen
+from pallas_kernels.sparse_attention.seen import Seen, unpacked
 from pallas_kernels.target import GPU, TPU
 
 __all__ = ["Seen", "sparse_attention"]
@@ -47,6 +47,11 @@ def sparse_attention(
     Source: report 2.3; fact sheet 2.3 and 2.5.
     """
     chosen = choose("sparse_attention", implementation)
+    if chosen == GPU and seen.chosen is None and seen.words is not None:
+        raise ValueError(
+            "sparse_attention: expected the numbers of chosen entries for the kernel of a GPU, got "
+            "their bits"
+        )
     forward = _plain if chosen == XLA else KERNELS[chosen].forward
     return forward(q, keys, entries, sink, seen, window)
 
@@ -57,6 +62,8 @@ def _plain(q, keys, entries, sink, seen: Seen, window: int):
         entries, entry_mask = jnp.zeros((b, 0, q.shape[-1]), q.dtype), jnp.zeros((b, t, 0), bool)
     elif seen.chosen is not None:
         entry_mask = reference.chosen_mask(seen.chosen, entries.shape[1])
+    elif seen.words is not None:
+        entry_mask = unpacked(seen.words, entries.shape[1])
     else:
         entry_mask = reference.range_mask(seen.first, seen.end, entries.shape[1])
     key_mask = reference.window_mask(seen.first_key, window)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.sparse_attention.index import Bits
 
@@ -15,13 +15,20 @@ class Seen(NamedTuple):
     """Ranges and numbers, int32.
 
     Of keys a query sees its window, from `first_key` on; of entries those from `first` to before
-    `end`, or, if there are any, the `chosen` ones of these.
+    `end` or, where these are given, the chosen ones of them.
     """
 
     first_key: Int[Array, "b t"]  # first token of the query's document
     first: Int[Array, "b t"] | None = None
     end: Int[Array, "b t"] | None = None
-    chosen: Int[Array, "b t l"] | None = None  # negative: none
+    chosen: Int[Array, "b t l"] | None = None  # numbers of chosen entries; negative: none
+    words: Int[Array, "b t w"] | None = None  # or chosen entries as `Bits`, which TPUs take
+
+
+def unpacked(words: Int[Array, "b t w"], entries: int) -> Bool[Array, "b t c"]:
+    """Return which entries are chosen."""
+    bits, entry = Bits(entries), jnp.arange(entries)
+    return (words[:, :, bits.word(entry)] >> bits.bit(entry)) & 1 == 1
 
 
 def pack_chosen(chosen: Int[Array, "b t l"], entries: int) -> Int[Array, "b t w"]:

@@ -60,9 +60,11 @@ def fitted(q, keys, entries, sink, seen: Seen, blocks: Blocks) -> Fitted:
         first = end = jnp.zeros_like(first_key)
     else:
         first, end = (jnp.pad(x, after, mode="edge") for x in (seen.first, seen.end))
-        if seen.chosen is not None:
-            chosen = jnp.pad(seen.chosen, (*after, (0, 0)), constant_values=-1)
-            words = pack_chosen(chosen, entries.shape[1])
+        words = seen.words
+        if words is None and seen.chosen is not None:
+            words = pack_chosen(seen.chosen, entries.shape[1])
+        if words is not None:
+            words = jnp.pad(words, (*after, (0, 0)))
         entries = pad_axes(entries, {1: ENTRIES, 2: LANES})
     numbers = jnp.stack([first_key, first, end], axis=-1).astype(jnp.int32)
     by_block = [x.reshape(x.shape[0], -1, blocks.queries) for x in (first, end)]

@@ -1,0 +1,50 @@
+"""The lightning indexer's choice: the best of the compressed entries that a query sees, exactly.
+
+Entries are scored and chosen in one pass. No array of [tokens, entries] scores exists: a GPU's
+programs use a row of scores each, again and again, a TPU holds those of a few queries in VMEM.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.implementation import AUTO, TPU, XLA, choose
+from pallas_kernels.indexer import gpu, reference, tpu
+from pallas_kernels.sparse_attention.seen import Seen
+
+
+def select(
+    queries: Float[Array, "b t i j"], head_weights: Float[Array, "b t i"],
+    keys: Float[Array, "b c j"], seen: Seen, topk: int, implementation: str = AUTO,
+) -> Seen:
+    """Choose the `topk` entries with the best index scores among those that queries see.
+
+    I_{t,c} = sum_i w_{t,i} relu(q_{t,i} . k_c), in float32. Of equal scores the lowest number is
+    better. The choice has no gradient.
+
+    Args:
+      seen: its `first` and `end` say which entries queries see.
+    Returns:
+      `seen` with the choice: numbers in ascending order, or on TPU words of bits.
+    Raises:
+      ValueError: there is no such implementation, or the arrays do not fit together.
+    Source: report 2.3.1; fact sheet 2.6.
+    """
+    _check(queries, head_weights, keys, seen, topk)
+    chosen = choose("indexer", implementation)
+    module = {XLA: reference, TPU: tpu}.get(chosen, gpu)
+    choice = module.select(queries, head_weights, keys, seen.first, seen.end, topk)
+    return seen._replace(words=choice) if chosen == TPU else seen._replace(chosen=choice)
+
+
+def _check(queries, head_weights, keys, seen: Seen, topk: int) -> None:
+    b, t, _, width = queries.shape
+    wanted = queries.shape[:3], (b, width), (b, t), (b, t)
+    found = head_weights.shape, (keys.shape[0], keys.shape[2]), seen.first.shape, seen.end.shape
+    if wanted != found or topk < 1 or not keys.shape[1]:
+        raise ValueError(
+            "indexer: expected queries [b, t, i, j], head_weights [b, t, i], keys [b, c, j] with "
+            "c from 1 on, first and end [b, t] and topk of 1 or more, got "
+            f"{queries.shape}, {head_weights.shape}, {keys.shape}, {seen.first.shape}, "
+            f"{seen.end.shape} and {topk}"
+        )

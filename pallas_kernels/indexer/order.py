@@ -1,0 +1,35 @@
+"""The order of scores as integers, in which a threshold is found bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+BITS = 32
+NONE = -(2**31)  # stands for no score at all: below every number's
+
+
+def sortable(scores: Float[Array, "*s"]) -> Int[Array, "*s"]:
+    """Map float32 to int32 of the same order; -0 and 0 become one."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
+
+
+def threshold(count: Callable[[Array], Array], topk: int, zeros: Int[Array, "*s"]) -> Array:
+    """Return the largest integer that at least `topk` of others reach; NONE if there are fewer.
+
+    Args:
+      count: from a candidate to how many reach it.
+      zeros: of a candidate's shape.
+    """
+
+    def raise_bit(i, found):
+        candidate = found | (jnp.int32(1) << (BITS - 1 - i))
+        return jnp.where(count(candidate ^ NONE) >= topk, candidate, found)
+
+    # Found without the sign, whose bit is the first to be decided.
+    return jax.lax.fori_loop(0, BITS, raise_bit, zeros) ^ NONE
