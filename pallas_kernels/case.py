@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 class Case(NamedTuple):
@@ -18,3 +20,17 @@ class Case(NamedTuple):
     flops: float  # that the result needs, not those that a kernel spends
     bytes: float  # read and written at least
     covered: bool = False  # another case has the same kernels at the same shapes
+    # From a random generator to the arguments that are not to be normal numbers, by their place
+    # among all leaves.
+    special: Callable[[np.random.Generator], dict[int, np.ndarray]] = lambda rng: {}
+
+    def make_arguments(self, seed: int):
+        """Return arrays to call it with."""
+        leaves, tree = jax.tree.flatten(self.arguments)
+        special, key = self.special(np.random.default_rng(seed)), jax.random.key(seed)
+        arrays = [
+            jnp.asarray(special[i], x.dtype) if i in special
+            else jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            for i, x in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(tree, arrays)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.cross_entropy import token_nats, token_scores
@@ -26,11 +27,16 @@ def cases() -> Iterator[Case]:
         yield Case(
             "cross_entropy", f"{model}: loss and gradients", _gradients,
             (hidden, head, targets, weights), 3 * product, 2 * operands + 12 * TOKENS,
+            special=_targets,
         )
         yield Case(
             "cross_entropy", f"{model}: scores", _scores, (hidden, head, targets), product,
-            operands + 9 * TOKENS,
+            operands + 9 * TOKENS, special=_targets,
         )
+
+
+def _targets(rng: np.random.Generator) -> dict[int, np.ndarray]:
+    return {2: rng.integers(0, VOCABULARY, TOKENS)}
 
 
 def _gradients(implementation: str):

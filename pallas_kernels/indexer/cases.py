@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.indexer import select
@@ -31,8 +32,15 @@ def cases() -> Iterator[Case]:
             moved = 2 * (tokens * HEADS * (WIDTH + 1) + entries * WIDTH) + 4 * tokens * topk
             yield Case(
                 "indexer", f"{model}: {tokens:,} tokens", _select(topk), (*arrays, *numbers),
-                2 * HEADS * WIDTH * pairs, moved,
+                2 * HEADS * WIDTH * pairs, moved, special=_ranges(tokens),
             )
+
+
+def _ranges(tokens: int) -> Callable:
+    """Make the entries that queries see: all that are complete."""
+    return lambda rng: {
+        3: np.zeros((1, tokens), np.int32), 4: (np.arange(1, tokens + 1) // RATIO)[None],
+    }
 
 
 def _select(topk: int):

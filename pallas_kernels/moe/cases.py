@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.moe import Fp4, routed_experts, routed_experts_fp4
@@ -50,7 +51,7 @@ def _case(model: str, shape: Shape, name: str, run, tokens: int, products: int) 
     return Case(
         "moe", f"{model}: {name}", run, (x, experts, weights, gate, gate, down),
         products * 2 * tokens * CHOICES * d * f, moved * (1 if products == 3 else 3),
-        covered=name == "forward",
+        covered=name == "forward", special=lambda rng: {1: rng.integers(0, e, (tokens, CHOICES))},
     )
 
 
@@ -64,7 +65,17 @@ def _packed_case(model: str, shape: Shape) -> Case:
     plain = _case(model, shape, "decoding, FP4", _forward_packed, DECODING, 3)
     weights = matrices(f, d), matrices(f, d), matrices(d, f)
     moved = sum(x.size for x in jax.tree.leaves(weights)) + 2 * 2 * DECODING * d
-    return plain._replace(arguments=(*plain.arguments[:3], *weights), bytes=moved)
+
+    def special(rng: np.random.Generator) -> dict[int, np.ndarray]:
+        """Make codes, and scales of about 1 / 32."""
+        made = plain.special(rng)
+        for i, x in enumerate(jax.tree.leaves(weights)):
+            made[3 + i] = rng.integers(*((0, 256) if i % 2 == 0 else (119, 125)), x.shape, np.uint8)
+        return made
+
+    return plain._replace(
+        arguments=(*plain.arguments[:3], *weights), bytes=moved, special=special
+    )
 
 
 def _forward_packed(implementation: str):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.sparse_attention import Seen, sparse_attention
@@ -52,7 +53,29 @@ def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) ->
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
         own + gathered, covered=not backward and tokens == TOKENS[0],
+        special=_numbers(model, kind, tokens, len(arguments) - len(numbers)),
     )
+
+
+def _numbers(model: Model, kind: str, tokens: int, place: int) -> Callable:
+    """Make what queries see: a row of one document, random entries of those that are complete."""
+
+    def make(rng: np.random.Generator) -> dict[int, np.ndarray]:
+        zeros, count = np.zeros((1, tokens), np.int32), np.arange(1, tokens + 1)
+        made = [zeros]
+        if kind in RATIOS:
+            made += [zeros, (count // RATIOS[kind])[None]]
+        if kind == CSA:
+            made.append(np.stack([_picks(rng, n, model.topk) for n in count // RATIOS[CSA]])[None])
+        return {place + i: x for i, x in enumerate(made)}
+
+    return make
+
+
+def _picks(rng: np.random.Generator, entries: int, topk: int) -> np.ndarray:
+    """Return the numbers of topk entries, ascending; -1 where there are no more."""
+    picks = np.sort(rng.choice(entries, min(entries, topk), replace=False))
+    return np.pad(picks, (0, topk - picks.size), constant_values=-1)
 
 
 def _pairs(model: Model, kind: str, tokens: int) -> int:
