@@ -6,7 +6,8 @@ from pallas_kernels.target import GPU, TPU, target_platform
 
 AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
-OPERATIONS = ("cross_entropy", "newton_schulz")  # of the model and its training
+# That models and their training can run by kernels.
+OPERATIONS = ("cross_entropy", "indexer", "newton_schulz", "sparse_attention")
 
 
 def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> str:

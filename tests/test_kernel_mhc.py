@@ -23,6 +23,8 @@ from pallas_kernels.mhc import (
 )
 from pallas_kernels.mhc.index import Blocks, Groups
 
+pytestmark = pytest.mark.heavy  # models do not use these kernels yet
+
 KERNELS = ("gpu", "tpu")
 GATING = {"rms_eps": 1e-6, "hc_eps": 1e-6, "iterations": 20}
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order

@@ -17,6 +17,8 @@ from pallas_kernels.moe import Fp4, cases, claims, formats, routed_experts, rout
 from pallas_kernels.moe.index import Grouped
 from pallas_kernels.moe.plan import LARGEST, SMALLEST, block_rows, make_plan, make_visits
 
+pytestmark = pytest.mark.heavy  # models do not use these kernels yet
+
 KERNELS = ("gpu", "tpu")
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order
 BFLOAT16 = 2**-7  # of the largest value: the hidden layer and rows are rounded, then a sum is

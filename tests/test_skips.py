@@ -38,13 +38,13 @@ spoil.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, None)
 def poisoned(token_nats):
     """Let a loss go wrong where a batch asks for it."""
 
-    def nats(hidden, head, targets, *rest):
+    def nats(hidden, head, targets, *rest, **options):
         def has(fault):
             return jnp.any(targets == fault)
 
         factor = jnp.where(has(NAN_GRADIENT), jnp.nan, 1.0)
         factor = jnp.where(has(INFINITE_GRADIENT), jnp.inf, factor)
-        value = spoil(token_nats(hidden, head, targets, *rest), factor)
+        value = spoil(token_nats(hidden, head, targets, *rest, **options), factor)
         value = jnp.where(has(NAN_LOSS), jnp.nan, value)
         return jnp.where(has(INFINITE_LOSS), jnp.inf, value)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dsv4_jax.attention import by_kernel
 from dsv4_jax.attention.cached import (
     StoredEntries,
     attend_all,
@@ -114,26 +115,34 @@ class Attention(nn.Module):
         """Run the core of this layer's kind."""
         c, fp8, fp4 = self.config, self.runtime.keys == FP8, self.runtime.indexer == FP4
         kv = round_entry(kv, c) if fp8 else kv
-        if self.kind == WINDOW:
-            out = attend_window(
-                q, kv, sink, window=c.sliding_window, segment_ids=places.segment_ids
-            )
-            return out, None
-        entries, _ = self._compressor()(x, places.layout, places.at_entry)
-        entries = round_entry(entries, c) if fp8 else entries
-        common = dict(
-            window=c.sliding_window, ratio=c.ratio(self.kind), layout=places.layout,
-            segment_ids=places.segment_ids,
-        )
+        entries = index = None
+        if self.kind != WINDOW:
+            entries, _ = self._compressor()(x, places.layout, places.at_entry)
+            entries = round_entry(entries, c) if fp8 else entries
         if self.kind == CSA:
             detached = jax.lax.stop_gradient((x, q_rank))  # it learns from its own loss alone
             index, _ = self._indexer()(
                 *detached, places.layout, places.at_query, places.at_entry
             )
-            return attend_csa(
-                q, kv, entries, round_asked(index) if fp4 else index, sink, topk=c.index_topk,
-                sparse=self.runtime.csa == "sparse", learn=self.runtime.index_learns, rounded=fp4,
+            index = round_asked(index) if fp4 else index
+        sparse = self.runtime.csa == "sparse"
+        common = dict(layout=places.layout, segment_ids=places.segment_ids)
+        if by_kernel.takes_over(c, self.runtime, self.kind):
+            out = by_kernel.attend(
+                q, kv, entries, sink, index if sparse else None, config=c, runtime=self.runtime,
                 **common,
+            )
+            return out, None
+        common["window"] = c.sliding_window
+        if self.kind == WINDOW:
+            return attend_window(
+                q, kv, sink, window=c.sliding_window, segment_ids=places.segment_ids
+            ), None
+        common["ratio"] = c.ratio(self.kind)
+        if self.kind == CSA:
+            return attend_csa(
+                q, kv, entries, index, sink, topk=c.index_topk, sparse=sparse,
+                learn=self.runtime.index_learns, rounded=fp4, **common,
             )
         return attend_hybrid(q, kv, entries, sink, choose=all_visible, **common)
 

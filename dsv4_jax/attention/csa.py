@@ -12,9 +12,9 @@ from dsv4_jax.attention.indexer import IndexQueries, index_scores, top_entries, 
 from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.attention.lesson import Lesson, lesson_of
 from dsv4_jax.cache_format import round_scores
-from dsv4_jax.chunks import keep
+from dsv4_jax.chunks import keep, map_chunks
 from dsv4_jax.config import SERVED
-from dsv4_jax.shapes import Array, Bool, Entries, Float, Keys, Queries, Tokens
+from dsv4_jax.shapes import Array, Bool, Entries, Float, Int, Keys, Queries, Tokens
 
 # Up to this many entries per selected one, masking all of them costs less than gathering the
 # selected: a gather moves k rows per query, a mask multiplies all rows by matrix units.
@@ -59,6 +59,24 @@ def attend_csa(
         segment_ids=segment_ids, choose=choose, extra=(index.queries, index.head_weights),
         teach=teach,
     )
+
+
+def best_entries(
+    index: IndexQueries, first: Tokens, end: Tokens, topk: int, *, rounded: bool
+) -> Int[Array, "b t l"]:
+    """Return the numbers of each query's best entries from `first` to before `end`; -1: none."""
+    number = jnp.arange(index.keys.shape[1])
+
+    def best(piece):
+        queries, head_weights, first, end = piece
+        scores = index_scores(queries[:, None], head_weights[:, None], index.keys)[:, 0]
+        scores = round_scores(scores, SERVED) if rounded else scores
+        visible = (number >= first[..., None]) & (number < end[..., None])
+        chosen, exists = top_entries(scores, visible, topk)
+        return jnp.where(exists, chosen, -1)
+
+    pieces = (index.queries, index.head_weights, first, end)
+    return map_chunks(best, pieces, index.queries.shape[2] * number.size)
 
 
 def _choose(

@@ -1,0 +1,86 @@
+"""A model with kernels is the model without: logits and gradients of every parameter."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import quick_jit
+from flax.linen import meta
+
+from dsv4_jax import Transformer, init_params, param_shapes
+from dsv4_jax.config import ModelConfig, Runtime
+
+ROUNDING = 1e-5  # of the largest value: float32 sums in another order
+# Of the largest gradient of all: the gates of equal streams have a gradient of 0 but for rounding.
+NOTHING = 1e-8
+
+CONFIG = ModelConfig(
+    vocab_size=32, hidden_size=16, layer_types=("window", "csa", "hca"),
+    moe_types=("hash", "learned", "learned"), num_attention_heads=4, head_dim=64,
+    qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8, sliding_window=8, csa_ratio=4,
+    hca_ratio=8, index_n_heads=16, index_head_dim=16, index_topk=4, yarn_original_positions=16,
+    max_position_embeddings=256, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=16, hc_mult=2, hc_sinkhorn_iters=3, num_nextn_predict_layers=0,
+)  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 32)).astype(np.int32)
+SEGMENTS = np.array([[1] * 19 + [2] * 13, [1] * 5 + [2] * 24 + [0] * 3], np.int32)
+
+
+@functools.cache
+def logits_and_gradients(kernels: str, csa: str, indexer: str = "plain"):
+    params = init_params(CONFIG, jax.random.key(0))
+    model = Transformer(CONFIG, Runtime(kernels=kernels, csa=csa, indexer=indexer))
+
+    def run(params):
+        logits = model.apply({"params": params}, TOKENS, SEGMENTS)
+        logits = jnp.where(SEGMENTS[..., None] > 0, logits, 0)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    (_, logits), gradients = quick_jit(
+        jax.value_and_grad(run, has_aux=True, allow_int=True)
+    )(params)
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    floats = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves
+              if jnp.issubdtype(x.dtype, jnp.floating)}
+    return np.asarray(logits), floats
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("csa", ("sparse", "dense"))
+@pytest.mark.parametrize(
+    "kernels",
+    ("xla,sparse_attention=gpu", "xla,sparse_attention=gpu,indexer=gpu",
+     "xla,sparse_attention=tpu", "xla,sparse_attention=tpu,indexer=tpu"),
+)
+def test_logits_and_gradients_are_those_of_plain_jax(kernels, csa):
+    logits, gradients = logits_and_gradients(kernels, csa)
+    wanted, wanted_gradients = logits_and_gradients("xla", csa)
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+    largest = max(np.abs(x).max() for x in wanted_gradients.values())
+    for name, value in wanted_gradients.items():
+        limit = ROUNDING * np.abs(value).max() + NOTHING * largest
+        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=limit, err_msg=name)
+
+
+@pytest.mark.heavy
+def test_scores_that_are_rounded_as_served_choose_the_same_entries():
+    logits, _ = logits_and_gradients("xla,sparse_attention=gpu", "sparse", "fp4")
+    wanted, _ = logits_and_gradients("xla", "sparse", "fp4")
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+
+
+def test_kernels_run_where_they_are_asked_for():
+    def primitives(**runtime):
+        model = Transformer(CONFIG, Runtime(csa="sparse", **runtime))
+        program = jax.make_jaxpr(lambda p: model.apply({"params": p}, TOKENS, SEGMENTS))
+        return str(program(meta.unbox(param_shapes(CONFIG))))
+
+    assert "pallas_call" not in primitives(kernels="xla")
+    assert primitives(kernels="xla,sparse_attention=gpu").count("name=attend") == 3
+    assert primitives(kernels="gpu").count("name=select") == 1
+    learning = primitives(kernels="xla,sparse_attention=gpu", index_learns=True)
+    assert learning.count("name=attend") == 2  # window and HCA
