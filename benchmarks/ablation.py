@@ -47,6 +47,7 @@ from dsv4_jax.tokenized import TokenizedCorpus, prepare_corpus
 from dsv4_jax.train_step import (
     MODEL_INPUTS,
     abstract_inputs,
+    as_counted,
     init_state,
     make_evaluation,
     make_train_step,
@@ -149,7 +150,8 @@ def train(name: str, config: RunConfig) -> Curve:
     evaluated, losses, norms = [], [], []
     for stage in config.stages:
         step, seconds = make_train_step(config, stage), []
-        gflop = count_flops(step, state, abstract_inputs(stage)).matmul / 1e9
+        counted = make_train_step(as_counted(config), stage)
+        gflop = count_flops(counted, state, abstract_inputs(stage)).matmul / 1e9
         step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
         nats = jax.jit(make_evaluation(config, stage), compiler_options=compiler_options())
         held_out = held_out_batches(corpus, config.data, seq_len=stage.seq_len, rows=stage.rows)

@@ -27,6 +27,7 @@ from dsv4_jax.train import train
 from dsv4_jax.train_step import (
     abstract_inputs,
     abstract_state,
+    as_counted,
     make_routing,
     make_train_step,
     optimizer_flops,
@@ -140,7 +141,7 @@ def print_work(config: RunConfig) -> None:
     (stage,), state = config.stages, abstract_state(config)
     batch = abstract_inputs(stage)
     routing = count_flops(make_routing(config, stage), state.params, batch).matmul
-    step = count_flops(make_train_step(config, stage), state, batch).matmul
+    step = count_flops(make_train_step(as_counted(config), stage), state, batch).matmul
     passes = step - optimizer_flops(config, stage)
     print(f"choosing the experts of a batch takes {routing / 1e9:.1f} GFLOP, {routing / step:.1%} "
           f"of a step's and {routing / passes:.1%} of those of its forward and backward passes")

@@ -39,7 +39,7 @@ from dsv4_jax.run_config import (
     StageConfig,
     TrainConfig,
 )
-from dsv4_jax.train_step import init_state, make_train_step
+from dsv4_jax.train_step import as_counted, init_state, make_train_step
 
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096"], "Tokens per sequence.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps; the fastest is printed.", lower_bound=1)
@@ -86,8 +86,8 @@ def compiled_step(config: RunConfig, state, batch):
 def measure(config: RunConfig) -> tuple[float, float, int, float]:
     """Return seconds per step, seconds to compile, temporary bytes and GFLOP."""
     batch = batch_of(config)
-    state, step = init_state(config), make_train_step(config, config.stages[0])
-    gflop = count_flops(step, state, batch).total / 1e9
+    state, counted = init_state(config), make_train_step(as_counted(config), config.stages[0])
+    gflop = count_flops(counted, state, batch).total / 1e9
     start = time.perf_counter()
     compiled = compiled_step(config, state, batch)
     compile_seconds = time.perf_counter() - start

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dsv4_jax.params import BATCH, IN, OUT
 from dsv4_jax.shapes import Array, Float
-from pallas_kernels.implementation import AUTO
+from pallas_kernels.implementation import XLA
 from pallas_kernels.newton_schulz import symmetric_product
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ HYBRID_STEPS = (((3.4445, -4.7750, 2.0315), 8), ((2.0, -1.5, 0.5), 2))
 
 def make_optimizer(
     config: OptimizerConfig, kinds: dict, learners: Collection[str] = LEARNERS,
-    implementation: str = AUTO,
+    implementation: str = XLA,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the whole optimizer: clip by the global norm, then Muon and AdamW.
 
@@ -177,7 +177,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    kinds: dict, *, momentum: float, rms: float, dtype: str, implementation: str = AUTO
+    kinds: dict, *, momentum: float, rms: float, dtype: str, implementation: str = XLA
 ) -> optax.GradientTransformation:
     """Replace gradients G by O, orthogonalised momentum whose elements have a given RMS.
 
@@ -239,7 +239,7 @@ def _check_kinds(path, weight: Array, kinds: tuple[str, ...]) -> None:
 
 
 def orthogonalize(
-    x: Float[Array, "*stack rows columns"], *, dtype: str, implementation: str = AUTO
+    x: Float[Array, "*stack rows columns"], *, dtype: str, implementation: str = XLA
 ) -> Float[Array, "*stack rows columns"]:
     """Bring all singular values of each matrix near 1 by the hybrid Newton-Schulz iteration.
 

@@ -244,11 +244,6 @@ class MeshConfig:
     expert: int = 1  # parts of the routed experts
     tensor: int = 1  # parts of heads and expert widths
 
-    @property
-    def devices(self) -> int:
-        """How many there are."""
-        return self.data * self.fsdp * self.expert * self.tensor
-
     def __post_init__(self):
         check_field_types(self)
         _check_rules(

@@ -175,7 +175,7 @@ def make_train_step(
     """
     train, learners = config.train, learners_of(stage)
     model = transformer_of(config, stage, mesh, index_learns=INDEXERS in learners)
-    optimizer = _optimizer_of(config, learners)
+    optimizer = _optimizer_of(config, learners, mesh)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     indexers = config.model.layer_types.count(CSA)
     placed = None if mesh is None else split_trainable(state_shardings(config, mesh).params)[0]
@@ -337,11 +337,11 @@ def _rows_first(experts: Int[Array, "*z b t a"]) -> Int[Array, "b *z t a"]:
 
 
 def _optimizer_of(
-    config: RunConfig, learners: Collection[str] = LEARNERS
+    config: RunConfig, learners: Collection[str] = LEARNERS, mesh: Mesh | None = None
 ) -> optax.GradientTransformationExtraArgs:
     kinds = split_trainable(kinds_of(param_shapes(config.model)))[0]
     # A kernel would gather what is sharded.
-    choices = config.runtime.kernels if config.mesh.devices == 1 else XLA
+    choices = config.runtime.kernels if mesh is None else XLA
     return make_optimizer(
         config.optimizer, kinds, learners, implementation_of("newton_schulz", choices)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.target import GPU, TPU, target_platform
+from pallas_kernels.target import GPU, TPU, is_supported, target_platform
 
 AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
@@ -13,9 +13,9 @@ OPERATIONS = ("cross_entropy", "indexer", "newton_schulz", "sparse_attention")
 def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> str:
     """Return "xla", "gpu" or "tpu".
 
-    "auto" takes the kernel of the platform that the program is made for, if there is one and it is
-    worthwhile. A named implementation is taken wherever it is asked for; a kernel that is not at
-    home there is interpreted, which is slow.
+    "auto" takes the kernel of the device that the program is made for, if it is supported and the
+    kernel is worthwhile. A named implementation is taken wherever it is asked for; a kernel that
+    is not at home there is interpreted, which is slow.
 
     Raises:
       ValueError: there is no such implementation.
@@ -27,8 +27,7 @@ def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> s
         )
     if implementation != AUTO:
         return implementation
-    platform = target_platform()
-    return platform if worthwhile and platform in (GPU, TPU) else XLA
+    return target_platform() if worthwhile and is_supported() else XLA
 
 
 def implementation_of(operation: str, choices: str) -> str:
@@ -50,9 +49,10 @@ def check_choices(choices: str) -> None:
     """
     general, *others = choices.split(",")
     named = [(None, general), *(other.split("=", 1) for other in others if "=" in other)]
+    operations = [operation for operation, _ in named[1:]]
     if (
-        len(named) <= len(others)
-        or not {operation for operation, _ in named[1:]} <= set(OPERATIONS)
+        len(set(operations)) < len(others)
+        or not set(operations) <= set(OPERATIONS)
         or not {implementation for _, implementation in named} <= set(IMPLEMENTATIONS)
     ):
         raise ValueError(

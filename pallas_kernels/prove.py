@@ -168,9 +168,7 @@ class Proof:
         Raises:
           ValueError: nothing fulfils the premises, from which anything would follow.
         """
-        solver = z3.Solver()
-        solver.add(*self._premises)
-        if solver.check() != z3.sat:
+        if self._solver().check() == z3.unsat:
             raise ValueError(f"{self.operation}, {self.kernel}: nothing fulfils the premises")
         held = z3.And([z3.And(x >= SMALLEST, x <= LARGEST) for x in self._computed])
         statements = [
@@ -179,10 +177,15 @@ class Proof:
         ]
         return [self._decide(*statement) for statement in statements]
 
-    def _decide(self, statement: str, claim: z3.BoolRef) -> Verdict:
+    def _solver(self) -> z3.Solver:
         solver = z3.Solver()
         solver.set("timeout", round(TIME_LIMIT_S * 1000))
-        solver.add(*self._premises, z3.Not(claim))
+        solver.add(*self._premises)
+        return solver
+
+    def _decide(self, statement: str, claim: z3.BoolRef) -> Verdict:
+        solver = self._solver()
+        solver.add(z3.Not(claim))
         start = time.perf_counter()
         answer = solver.check()
         seconds = time.perf_counter() - start

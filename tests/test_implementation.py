@@ -26,21 +26,31 @@ class Described:
     """A device that is not here."""
 
     platform: str
-    device_kind: str = "some device"
+    device_kind: str
 
 
 @pytest.mark.parametrize(
-    ("platform", "target"), [("cuda", "gpu"), ("rocm", "gpu"), ("tpu", "tpu"), ("cpu", "cpu")]
+    ("platform", "kind", "target", "supported"),
+    [
+        ("cuda", "NVIDIA H100 80GB HBM3", "gpu", True), ("cuda", "NVIDIA B200", "gpu", True),
+        ("cuda", "NVIDIA A100-SXM4-40GB", "gpu", False),
+        ("rocm", "AMD Instinct MI300X", "gpu", False),
+        ("tpu", "TPU v5 lite", "tpu", True), ("tpu", "TPU7x", "tpu", True),
+        ("tpu", "TPU v4", "tpu", False), ("cpu", "cpu", "cpu", False),
+        ("METAL", "Metal", "cpu", False),
+    ],
 )
-def test_a_program_is_made_for_the_described_device(platform, target):
-    with compiling_for(Described(platform)):
+def test_a_program_is_made_for_the_described_device(platform, kind, target, supported):
+    with compiling_for(Described(platform, kind)):
         assert target_platform() == target
-        kernel = "xla" if target == "cpu" else target
+        kernel = target if supported else "xla"
         assert choose("newton_schulz", "auto") == kernel
         assert choose("newton_schulz", "auto", worthwhile=False) == "xla"
-        assert any_kernel("auto") == (target != "cpu")
+        assert any_kernel("auto") == supported
         assert not any_kernel("xla")
     assert target_platform() == jax.default_backend() == "cpu"
+    with jax.default_device(jax.devices()[1]):
+        assert target_platform() == "cpu"
 
 
 def test_a_named_implementation_is_taken_anywhere():
@@ -51,7 +61,7 @@ def test_a_named_implementation_is_taken_anywhere():
 def test_small_matrices_have_no_kernel_unless_it_is_named():
     def primitives(implementation):
         x = jax.ShapeDtypeStruct((2, 64, 64), jnp.float32)
-        with compiling_for(Described("tpu")):
+        with compiling_for(Described("tpu", "TPU v5")):
             product = jax.make_jaxpr(lambda x: symmetric_product(x, None, 1.0, 0.0, implementation))
             return str(product(x))
 
@@ -68,7 +78,8 @@ def test_operations_may_have_implementations_of_their_own():
 
 @pytest.mark.parametrize(
     "choices", ["", "cuda", "auto,", "auto,newton_schulz", "auto,attention=xla",
-                "newton_schulz=xla", "xla,newton_schulz=fast", "xla,newton_schulz=tpu=gpu"],
+                "newton_schulz=xla", "xla,newton_schulz=fast", "xla,newton_schulz=tpu=gpu",
+                "auto,newton_schulz=xla,newton_schulz=gpu"],
 )
 def test_unknown_choices_are_refused_in_one_line(choices):
     with pytest.raises(InputError) as error:

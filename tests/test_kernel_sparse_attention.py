@@ -12,6 +12,7 @@ from pallas_kernels.sparse_attention import (
     claims,
     reference,
     sparse_attention,
+    tpu_queries,
 )
 from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Split, Window
 from pallas_kernels.sparse_attention.seen import pack_chosen
@@ -158,6 +159,78 @@ def test_a_query_that_sees_no_key_gets_nothing(kernel):
     out, log_total = sparse_attention(q, keys, entries, sink, nothing, WINDOW, kernel)
     np.testing.assert_array_equal(out, 0)
     assert close(log_total, np.broadcast_to(sink, log_total.shape), ROUNDING)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ("range", "chosen"))
+def test_entries_in_many_blocks_are_found(kind, kernel):
+    """The ranges of queries move over 5,000 entries: ten blocks on TPU, two rows of words."""
+    rng = np.random.default_rng(0)
+    t, count, channels, chosen = 40, 5000, 16, 24
+    first = np.sort(rng.integers(0, count, t))
+    end = np.maximum.accumulate(np.minimum(first + rng.integers(0, 700, t), count))
+    first[-1], end[-1] = count, count  # nothing is left, past the last block
+    picks = np.full((1, t, chosen), -1, np.int32)
+    for query in range(t):
+        seen = rng.permutation(np.arange(first[query], end[query]))[:chosen]
+        picks[0, query, : len(seen)] = seen
+    arrays = tuple(
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((1, t, 4, channels), (1, t, channels), (1, count, channels), (4,))
+    )
+    seen = Seen(jnp.zeros((1, t), jnp.int32), *(
+        jnp.asarray(x, jnp.int32) for x in (first[None], end[None], picks)
+    ))
+    arrays, seen, mask = of_kind(kind, arrays, seen)
+    wanted, pull_back = jax.vjp(written_out(arrays, seen, mask), *arrays)
+    found, pull_back_kernel = jax.vjp(
+        lambda *arrays: sparse_attention(*arrays, seen, WINDOW, kernel), *arrays
+    )
+    for actual, value in zip(
+        (*found, *pull_back_kernel(wanted)), (*wanted, *pull_back(wanted)), strict=True
+    ):
+        assert close(actual, value, ROUNDING)
+
+
+def test_blocks_that_are_read_exist_past_the_last_entry():
+    blocks = tpu_queries.blocks_of(4, WINDOW)
+    (q, keys, entries, sink), seen = operands([[40]], 4, 16, 8)
+    past = jnp.full((1, 40), entries.shape[1], jnp.int32)
+    x = tpu_queries.fitted(
+        q, keys, entries, sink, seen._replace(first=past, end=past, chosen=None), blocks
+    )
+    assert int(x.first.min()) == int(x.last.max()) == 0
+
+
+@pytest.mark.parametrize("kernel", ("xla", *KERNELS))
+def test_without_an_entry_there_is_the_window_alone(kernel):
+    (q, keys, _, sink), seen = operands([[3]], 4, 16, 8)
+    nothing = jnp.zeros((1, 3), jnp.int32)
+    seen = Seen(seen.first_key, nothing, nothing)
+    sink = sink.astype(jnp.bfloat16)  # of any dtype
+
+    def loss(entries, *arrays):
+        return jnp.sum(jnp.sin(sparse_attention(*arrays, entries, sink, seen, WINDOW, kernel)[0]))
+
+    grads = jax.grad(loss, argnums=(0, 1, 2))(jnp.zeros((1, 0, 16)), q, keys)
+    wanted = jax.grad(loss, argnums=(1, 2))(None, q, keys)
+    assert grads[0].shape == (1, 0, 16)
+    for actual, value in zip(grads[1:], wanted, strict=True):
+        assert close(actual, value, ROUNDING)
+
+
+def test_what_does_not_fit_together_is_refused():
+    (q, keys, entries, sink), seen = operands([[8]], 4, 16, 8)
+    for wrong in ((q, keys[:, 1:], entries, sink, seen), (q, keys, entries[..., 1:], sink, seen),
+                  (q, keys, entries, sink, Seen(seen.first_key))):
+        with pytest.raises(ValueError, match=r"sparse_attention: expected q \[b, t, h, k\]"):
+            sparse_attention(*wrong, WINDOW, "gpu")
+    many = jnp.zeros((1, 8, 129, 16)), keys, None, jnp.zeros(129), Seen(seen.first_key)
+    with pytest.raises(ValueError, match="at most 128 heads and 524288 queries"):
+        sparse_attention(*many, WINDOW, "tpu")
+    with pytest.raises(ValueError, match="got their bits"):
+        words = seen._replace(chosen=None, words=pack_chosen(seen.chosen, entries.shape[1]))
+        sparse_attention(q, keys, entries, sink, words, WINDOW, "gpu")
 
 
 def test_chosen_entries_are_packed_to_bits():

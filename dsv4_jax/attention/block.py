@@ -127,7 +127,7 @@ class Attention(nn.Module):
             index = round_asked(index) if fp4 else index
         sparse = self.runtime.csa == "sparse"
         common = dict(layout=places.layout, segment_ids=places.segment_ids)
-        if by_kernel.takes_over(c, self.runtime, self.kind):
+        if by_kernel.takes_over(q, self.runtime, self.kind):
             out = by_kernel.attend(
                 q, kv, entries, sink, index if sparse else None, config=c, runtime=self.runtime,
                 **common,

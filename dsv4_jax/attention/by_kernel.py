@@ -14,18 +14,16 @@ from pallas_kernels import indexer, sparse_attention
 from pallas_kernels.implementation import XLA, choose
 from pallas_kernels.sparse_attention import Seen
 
-# Heads of fewer channels leave most of a kernel's tiles empty.
-WORTHWHILE = 64
 
-
-def takes_over(config: ModelConfig, runtime: Runtime, kind: str) -> bool:
+def takes_over(q: Queries, runtime: Runtime, kind: str) -> bool:
     """Say whether kernels do the attention of a layer.
 
     What an indexer learns from the attention is plain JAX, and so is that attention.
     """
     if kind == CSA and runtime.index_learns:
         return False
-    return _implementation(config, runtime) != XLA
+    implementation = runtime.implementation("sparse_attention")
+    return sparse_attention.choose_for(q, implementation) != XLA
 
 
 def attend(
@@ -38,7 +36,8 @@ def attend(
     if index is not None and entries.shape[1] > config.index_topk:
         seen = _chosen(index, seen, config, runtime)
     return sparse_attention.sparse_attention(
-        q, keys, entries, sink, seen, config.sliding_window, _implementation(config, runtime)
+        q, keys, entries, sink, seen, config.sliding_window,
+        runtime.implementation("sparse_attention"),
     )[0]
 
 
@@ -65,8 +64,3 @@ def _chosen(index: IndexQueries, seen: Seen, config: ModelConfig, runtime: Runti
     return indexer.select(*index, seen, config.index_topk, chosen)
 
 
-def _implementation(config: ModelConfig, runtime: Runtime) -> str:
-    return choose(
-        "sparse_attention", runtime.implementation("sparse_attention"),
-        worthwhile=config.head_dim >= WORTHWHILE,
-    )

@@ -79,7 +79,8 @@ def choose_for(hidden: Array, head: Array, implementation: str) -> str:
     Raises:
       ValueError: there is no such implementation, or its kernels do not take these arrays.
     """
-    chosen = choose("cross_entropy", implementation, worthwhile=head.shape[1] >= WORTHWHILE)
+    worthwhile = head.shape[1] >= WORTHWHILE and hidden.dtype.name in DTYPES
+    chosen = choose("cross_entropy", implementation, worthwhile=worthwhile)
     if chosen != XLA and hidden.dtype.name not in DTYPES:
         raise ValueError(
             f"cross_entropy: expected hidden in {' or '.join(DTYPES)}, got {hidden.dtype.name}"

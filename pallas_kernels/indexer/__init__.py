@@ -1,4 +1,6 @@
-"""The lightning indexer's choice: the best of the compressed entries that a query sees, exactly.
+"""The lightning indexer's choice: the best of the compressed entries that a query sees.
+
+The choice is exact for the scores that are computed, whose products have a device's precision.
 
 Entries are scored and chosen in one pass. No array of [tokens, entries] scores exists: a GPU's
 programs use a row of scores each, again and again, a TPU holds those of a few queries in VMEM.
@@ -12,6 +14,8 @@ from pallas_kernels.implementation import AUTO, TPU, XLA, choose
 from pallas_kernels.indexer import gpu, reference, tpu
 from pallas_kernels.sparse_attention.seen import Seen
 
+MOST_QUERIES = 2**19  # a TPU holds two numbers of each block of 8 beside its program
+
 
 def select(
     queries: Float[Array, "b t i j"], head_weights: Float[Array, "b t i"],
@@ -19,8 +23,8 @@ def select(
 ) -> Seen:
     """Choose the `topk` entries with the best index scores among those that queries see.
 
-    I_{t,c} = sum_i w_{t,i} relu(q_{t,i} . k_c), in float32. Of equal scores the lowest number is
-    better. The choice has no gradient.
+    I_{t,c} = sum_i w_{t,i} relu(q_{t,i} . k_c), summed in float32. Of equal scores the lowest
+    number is better. The choice has no gradient.
 
     Args:
       seen: its `first` and `end` say which entries queries see.
@@ -31,7 +35,13 @@ def select(
     Source: report 2.3.1; fact sheet 2.6.
     """
     _check(queries, head_weights, keys, seen, topk)
-    chosen = choose("indexer", implementation)
+    fits = queries.shape[0] * queries.shape[1] <= MOST_QUERIES
+    chosen = choose("indexer", implementation, worthwhile=fits)
+    if chosen == TPU and not fits:
+        raise ValueError(
+            f"indexer: expected at most {MOST_QUERIES} queries in all for the kernel of a TPU, got "
+            f"{queries.shape[0]} x {queries.shape[1]}"
+        )
     module = {XLA: reference, TPU: tpu}.get(chosen, gpu)
     choice = module.select(queries, head_weights, keys, seen.first, seen.end, topk)
     return seen._replace(words=choice) if chosen == TPU else seen._replace(chosen=choice)

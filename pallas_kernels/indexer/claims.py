@@ -8,6 +8,7 @@ from pallas_kernels.index_math import div
 from pallas_kernels.indexer import gpu, tpu
 from pallas_kernels.indexer.index import Programs, Rounds, Steps
 from pallas_kernels.prove import Proof
+from pallas_kernels.sparse_attention.index import first_block, last_block
 
 OPERATION = "indexer"
 TOKENS = 2**20  # in a row, at most
@@ -95,8 +96,12 @@ def _steps(kind: type[Steps]) -> Proof:
     read = steps.read(step, first, last)
     proof.state("blocks exist", (read >= 0) & (read < steps.count))
     proof.state("a wanted block is read", steps.wanted(step, first, last).implies(read == step))
-    entry = proof.integer("entry", first * tpu.ENTRIES, last * tpu.ENTRIES + tpu.ENTRIES - 1)
+    entries = steps.count * tpu.ENTRIES
+    least, most = proof.integer("least first", 0, entries), proof.integer("end", 0, entries)
+    first, last = first_block(least, most, tpu.ENTRIES), last_block(most, tpu.ENTRIES)
+    entry = proof.integer("entry", 0, entries - 1)
     own = div(entry, tpu.ENTRIES)
-    proof.state("an entry of the range has a step",
-                steps.wanted(own, first, last) & (own < steps.count))
+    has_step = steps.wanted(own, first, last) & (own < steps.count)
+    seen = (least <= entry) & (entry < most)
+    proof.state("an entry that a query sees has a step", seen.implies(has_step))
     return proof

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.indexer.index import Steps
 from pallas_kernels.indexer.order import NONE, sortable, threshold
+from pallas_kernels.sparse_attention.index import first_block, last_block
 from pallas_kernels.target import TPU, target_platform
 
 LANES = 128
@@ -116,8 +117,8 @@ def _fitted(queries, head_weights, keys, first, end) -> Operands:
     after = ((0, 0), (0, t - first.shape[1]))
     first, end = (jnp.pad(x, after, mode="edge").astype(jnp.int32) for x in (first, end))
     least, most = (x.reshape(b, -1, QUERIES) for x in (first, end))
-    last = jnp.maximum(jnp.max(most, axis=-1) - 1, 0) // ENTRIES
-    begin = jnp.minimum(jnp.min(least, axis=-1) // ENTRIES, last)
+    least, most = jnp.min(least, axis=-1), jnp.max(most, axis=-1)
+    begin, last = first_block(least, most, ENTRIES), last_block(most, ENTRIES)
     return Operands(
         queries, weights.reshape(b, -1, 1, QUERIES * heads), jnp.stack([first, end], axis=-1),
         pad_axes(keys, {1: WORD, 2: LANES}), begin, last,

@@ -115,6 +115,8 @@ def _check(streams, gating: Gating, *weights) -> None:
     for name, array, shape in zip(("fn", "scale", "base"), weights, wanted, strict=False):
         if array.shape != shape:
             raise ValueError(f"{OPERATION}: expected {name} of shape {shape}, got {array.shape}")
+    if weights and gating.rms_eps <= 0:
+        raise ValueError(f"{OPERATION}: expected rms_eps above 0, got {gating.rms_eps}")
     if gating.iterations < 1:
         raise ValueError(f"{OPERATION}: expected iterations of 1 or more, got {gating.iterations}")
 

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import largest_block, pad_axes
+from pallas_kernels.blocks import largest_block, pad_axes, power_of_two
 from pallas_kernels.mhc.gates import (
     Affine,
     Gating,
@@ -54,11 +54,6 @@ SMALLEST = 16  # tensor cores take no smaller tiles
 TOKENS = 64  # all arrays are filled up to as many: a multiple of every kernel's tokens
 COLUMNS = 64
 WEIGHT_PARTS = {"bfloat16": 3, "float32": 1}  # of bfloat16 each where the streams are
-
-
-def power_of_two(count: int) -> int:
-    """Return the smallest power of two that is not below a count, nor below SMALLEST."""
-    return max(SMALLEST, 1 << (count - 1).bit_length())
 
 
 def filled(x: Array, tokens: int, columns: int | None = None) -> Array:
@@ -116,7 +111,7 @@ def forward(
 def _mix(x, written, weights) -> list[Array]:
     """Write to the streams; multiply them with the weights, a slice of columns each."""
     tokens, n, width = x.shape
-    block = TOKENS if tokens % MIX.tokens else MIX.tokens
+    block = MIX.tokens
     part = largest_block(width, MIX.slice, COLUMNS)
     piece = largest_block(part, MIX.piece, SMALLEST)
     blocks, slices = Blocks(tokens // block), width // part

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.blocks import largest_block, pad_axes
+from pallas_kernels.blocks import largest_block, pad_axes, power_of_two
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.mhc.gates import Affine, Gating, gate_gradients, matrix_of
 from pallas_kernels.mhc.gpu import (
@@ -31,7 +31,6 @@ from pallas_kernels.mhc.gpu import (
     dot,
     filled,
     launch,
-    power_of_two,
     total,
     whole,
 )

@@ -16,6 +16,7 @@ from pallas_kernels.newton_schulz import gpu, reference, tpu
 
 # Below this a product is so short that the halved work does not show.
 WORTHWHILE = 512
+DTYPES = ("bfloat16", "float32")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -26,12 +27,16 @@ def symmetric_product(
     """Return scale x x^T + add_scale add, summed in float32, in the dtype of x.
 
     Args:
-      add: a symmetric matrix for each of the stack; only one triangle of it is read.
+      add: a symmetric matrix for each of the stack: of its tiles one triangle is read.
     Raises:
       ValueError: there is no such implementation.
     """
-    worthwhile = min(x.shape[1:]) >= WORTHWHILE
+    worthwhile = min(x.shape[1:]) >= WORTHWHILE and x.dtype.name in DTYPES
     chosen = choose("newton_schulz", implementation, worthwhile=worthwhile)
+    if chosen != XLA and x.dtype.name not in DTYPES:
+        raise ValueError(
+            f"newton_schulz: expected x in {' or '.join(DTYPES)}, got {x.dtype.name}"
+        )
     product = reference if chosen == XLA else {"gpu": gpu, "tpu": tpu}[chosen]
     return product.symmetric_product(x, add, scale=scale, add_scale=add_scale)
 

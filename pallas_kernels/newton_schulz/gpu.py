@@ -54,7 +54,10 @@ def symmetric_product(
         i, j = triangle.tile(pl.program_id(1), pl.program_id(2))
         down, across = pl.ds(i * block, block), pl.ds(j * block, block)
         out[down, across] = total
-        out[across, down] = total.T
+
+        @pl.when(i != j)
+        def _():
+            out[across, down] = total.T
 
     specs = (
         pl.BlockSpec((None, block, x.shape[2]), triangle.left),

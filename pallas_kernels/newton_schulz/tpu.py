@@ -23,6 +23,7 @@ class Tiles(NamedTuple):
 
 
 TILES = Tiles(512, 1024)
+MEMORY = 32 * 2**20  # bytes of VMEM
 LANES = 128  # of a vector register: no block is narrower
 
 
@@ -91,7 +92,8 @@ def symmetric_product(
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=MEMORY,
         ),
         interpret=target_platform() != TPU if interpret is None else interpret,
         name="symmetric_product",

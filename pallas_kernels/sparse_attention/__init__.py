@@ -22,6 +22,8 @@ from pallas_kernels.target import GPU, TPU
 __all__ = ["Seen", "sparse_attention"]
 
 KERNELS = {GPU: gpu, TPU: tpu}
+WORTHWHILE = 64  # channels: fewer leave most of a kernel's tiles empty
+MOST_HEADS, MOST_QUERIES = 128, 2**19
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -46,14 +48,50 @@ def sparse_attention(
       ValueError: there is no such implementation.
     Source: report 2.3; fact sheet 2.3 and 2.5.
     """
-    chosen = choose("sparse_attention", implementation)
+    _check(q, keys, entries, sink, seen)
+    chosen = choose_for(q, implementation)
     if chosen == GPU and seen.chosen is None and seen.words is not None:
         raise ValueError(
             "sparse_attention: expected the numbers of chosen entries for the kernel of a GPU, got "
             "their bits"
         )
+    if entries is not None and not entries.shape[1]:
+        entries = None
     forward = _plain if chosen == XLA else KERNELS[chosen].forward
     return forward(q, keys, entries, sink, seen, window)
+
+
+def choose_for(q: Float[Array, "b t h k"], implementation: str) -> str:
+    """Return "xla", "gpu" or "tpu".
+
+    Raises:
+      ValueError: there is no such implementation, or its kernels do not take these queries.
+    """
+    b, t, h, k = q.shape
+    # A TPU holds two numbers of each block of 8 queries or more beside its program.
+    fits = h <= MOST_HEADS and b * t <= MOST_QUERIES
+    worthwhile = k >= WORTHWHILE and q.dtype == jnp.bfloat16 and fits
+    chosen = choose("sparse_attention", implementation, worthwhile=worthwhile)
+    if chosen == TPU and not fits:
+        raise ValueError(
+            f"sparse_attention: expected at most {MOST_HEADS} heads and {MOST_QUERIES} queries in "
+            f"all for the kernel of a TPU, got {h} and {b} x {t}"
+        )
+    return chosen
+
+
+def _check(q, keys, entries, sink, seen: Seen) -> None:
+    b, t, h, k = q.shape
+    wanted, found = [(b, t, k), (h,), (b, t)], [keys.shape, sink.shape, seen.first_key.shape]
+    if entries is not None:
+        wanted += [(b, *entries.shape[1:2], k), (b, t), (b, t)]
+        found += [entries.shape, *(None if x is None else x.shape for x in (seen.first, seen.end))]
+    if wanted != found:
+        raise ValueError(
+            "sparse_attention: expected q [b, t, h, k], keys [b, t, k], sink [h], first_key [b, t] "
+            f"and, with entries [b, c, k], first and end [b, t]: for q {q.shape} {wanted}, got "
+            f"{found}"
+        )
 
 
 def _plain(q, keys, entries, sink, seen: Seen, window: int):
@@ -77,7 +115,7 @@ def _forward(q, keys, entries, sink, seen, window, implementation):
 
 def _backward(window, implementation, kept, grads):
     q, keys, entries, sink, seen, out, log_total = kept
-    chosen = choose("sparse_attention", implementation)
+    chosen = choose_for(q, implementation)
     if chosen == XLA:
         _, pull_back = jax.vjp(
             lambda *operands: _plain(*operands, seen, window), q, keys, entries, sink
@@ -87,9 +125,12 @@ def _backward(window, implementation, kept, grads):
     # What a logit's gradient loses by the total, and gains where that is asked for itself.
     product = out.astype(jnp.float32) * grad.astype(jnp.float32)
     drop = jnp.sum(product, axis=-1) - grad_total
+    some = None if entries is None or not entries.shape[1] else entries
     grad_q, grad_keys, grad_entries = KERNELS[chosen].gradients(
-        q, keys, entries, sink, seen, window, log_total, drop, grad
+        q, keys, some, sink, seen, window, log_total, drop, grad
     )
+    if some is None and entries is not None:
+        grad_entries = jnp.zeros_like(entries)
     # The sink takes weight and gives no value.
     grad_sink = -jnp.sum(jnp.exp(sink - log_total) * drop, axis=(0, 1)).astype(sink.dtype)
     return grad_q, grad_keys, grad_entries, grad_sink, None

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 from pallas_kernels.index_math import div, mod
 from pallas_kernels.prove import Proof
-from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Split, Window
+from pallas_kernels.sparse_attention.index import (
+    Bits,
+    Blocks,
+    Entries,
+    Split,
+    Window,
+    first_block,
+    last_block,
+)
 
 OPERATION = "sparse_attention"
 TOKENS = 2**20  # in a row, at most
@@ -222,6 +230,16 @@ def _blocks_of_entries(kind: type[Blocks], queries: int) -> Proof:
     wanted = (first <= block) & (block <= last)
     proof.state("blocks that are read exist", (read >= 0) & (read < count))
     proof.state("a wanted block is the one that is read", wanted.implies(read == block))
+    least, most = proof.integer("least first", 0, count * ENTRY_BLOCK), proof.integer(
+        "largest end", 0, count * ENTRY_BLOCK
+    )
+    begin, stop = first_block(least, most, ENTRY_BLOCK), last_block(most, ENTRY_BLOCK)
+    proof.state("ranges of blocks are of blocks that exist",
+                (begin >= 0) & (begin <= stop) & (stop < count))
+    seen = proof.integer("seen entry", 0, count * ENTRY_BLOCK - 1)
+    of_seen = div(seen, ENTRY_BLOCK)
+    proof.state("and have every entry that a query of the block sees",
+                ((least <= seen) & (seen < most)).implies((begin <= of_seen) & (of_seen <= stop)))
     some = proof.integer("some block", 0, count - 1)
     step_of_block = blocks.window_steps + some
     proof.state("every block has a step", blocks.entry_block(step_of_block) == some)

@@ -58,7 +58,7 @@ def fitted(q, keys, entries, sink, seen: Seen) -> Fitted:
         fitted_rows(q),
         pad_axes(keys, {2: channels}),
         None if entries is None else pad_axes(entries, {2: channels}),
-        pad_axes(sink, {0: _whole_heads(q.shape[2])}),
+        pad_axes(sink.astype(jnp.float32), {0: _whole_heads(q.shape[2])}),
         seen,
     )
 

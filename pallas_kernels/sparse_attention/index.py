@@ -105,6 +105,16 @@ class Split(NamedTuple):
         return first, minimum(first + size, end)
 
 
+def first_block(first: Index, end: Index, size: int) -> Index:
+    """Return the first block with entries from `first` to before `end`, or one that exists."""
+    return minimum(div(first, size), last_block(end, size))
+
+
+def last_block(end: Index, size: int) -> Index:
+    """Return the last block with entries before `end`, or one that exists."""
+    return div(maximum(end, 1) - 1, size)
+
+
 class Blocks(NamedTuple):
     """The blocks of a grid (row, block of queries, step) on TPU.
 

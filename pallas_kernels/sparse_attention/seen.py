@@ -21,7 +21,7 @@ class Seen(NamedTuple):
     first_key: Int[Array, "b t"]  # first token of the query's document
     first: Int[Array, "b t"] | None = None
     end: Int[Array, "b t"] | None = None
-    chosen: Int[Array, "b t l"] | None = None  # numbers of chosen entries; negative: none
+    chosen: Int[Array, "b t l"] | None = None  # numbers of entries, each once; negative: none
     words: Int[Array, "b t w"] | None = None  # or chosen entries as `Bits`, which TPUs take
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.index_math import cdiv
-from pallas_kernels.sparse_attention.index import Blocks
+from pallas_kernels.sparse_attention.index import Blocks, first_block, last_block
 from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
 from pallas_kernels.target import TPU, target_platform
 
@@ -51,28 +51,29 @@ def blocks_of(heads: int, window: int) -> Blocks:
 
 def fitted(q, keys, entries, sink, seen: Seen, blocks: Blocks) -> Fitted:
     """Fill up to whole blocks; queries past the end see nothing."""
-    q, sink = fitted_rows(q), pad_axes(sink, {0: HEADS})
+    q, sink = fitted_rows(q), pad_axes(sink.astype(jnp.float32), {0: HEADS})
     keys = pad_axes(keys, {1: KEYS, 2: LANES})
     t, words = seen.first_key.shape[1], None
     after = ((0, 0), (0, q.shape[1] - t))
-    first_key = jnp.pad(seen.first_key, after, constant_values=q.shape[1])
+    first_key = jnp.pad(seen.first_key.astype(jnp.int32), after, constant_values=q.shape[1])
     if entries is None:
         first = end = jnp.zeros_like(first_key)
     else:
-        first, end = (jnp.pad(x, after, mode="edge") for x in (seen.first, seen.end))
+        first, end = (
+            jnp.pad(x.astype(jnp.int32), after, mode="edge") for x in (seen.first, seen.end)
+        )
         words = seen.words
         if words is None and seen.chosen is not None:
             words = pack_chosen(seen.chosen, entries.shape[1])
         if words is not None:
             words = jnp.pad(words, (*after, (0, 0)))
         entries = pad_axes(entries, {1: ENTRIES, 2: LANES})
-    numbers = jnp.stack([first_key, first, end], axis=-1).astype(jnp.int32)
-    by_block = [x.reshape(x.shape[0], -1, blocks.queries) for x in (first, end)]
-    first_block = jnp.min(by_block[0], axis=-1) // ENTRIES
-    last_block = jnp.maximum((jnp.max(by_block[1], axis=-1) - 1) // ENTRIES, first_block)
+    numbers = jnp.stack([first_key, first, end], axis=-1)
+    least, most = (x.reshape(x.shape[0], -1, blocks.queries) for x in (first, end))
+    least, most = jnp.min(least, axis=-1), jnp.max(most, axis=-1)
     return Fitted(
-        q, keys, entries, sink, numbers, words, *(x.astype(jnp.int32) for x in
-                                                  (first_block, last_block)),
+        q, keys, entries, sink, numbers, words,
+        first_block(least, most, ENTRIES), last_block(most, ENTRIES),
     )
 
 
