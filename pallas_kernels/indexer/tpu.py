@@ -18,6 +18,7 @@ from pallas_kernels.blocks import pad_axes
 from pallas_kernels.indexer.index import Steps
 from pallas_kernels.indexer.order import NONE, sortable, threshold
 from pallas_kernels.sparse_attention.index import first_block, last_block
+from pallas_kernels.sparse_attention.tpu_queries import column
 from pallas_kernels.target import TPU, target_platform
 
 LANES = 128
@@ -55,7 +56,7 @@ def select(
         @pl.when(step == 0)
         def _():
             order[...] = jnp.full_like(order, NONE)
-            weights[...] = _column(weights_ref[...])
+            weights[...] = column(weights_ref[...])
 
         @pl.when(steps.wanted(step, begin, last))
         def _():
@@ -162,8 +163,3 @@ def _choose(order, words, begin, last, topk: int) -> None:
 
 def _numbers(columns: int) -> Int[Array, "q s"]:
     return jax.lax.broadcasted_iota(jnp.int32, (QUERIES, columns), 1)
-
-
-def _column(row: Float[Array, "1 rows"]) -> Float[Array, "rows 1"]:
-    """Turn lanes into rows: registers are transposed whole."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]

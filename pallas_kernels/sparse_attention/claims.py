@@ -58,33 +58,15 @@ def _shown(query, first_key, width, key):
 
 
 def _window(kind: type[Window], tile: int) -> Proof:
+    """State that a window is a range, which `_range` speaks of."""
     proof = Proof(OPERATION, f"window, tiles of {tile}")
     tokens, query, first_key = _query(proof)
     width = proof.integer("window", 1, TOKENS)
-    see = kind(width, tile)
-    tiles = see.tiles(query, first_key)
-    i, place = proof.integer("tile", 0, tiles - 1), proof.integer("place", 0, tile - 1)
-    key = see.key(query, first_key, i, place)
-    row = see.row(key, query)
-    proof.state("rows exist", (row >= 0) & (row < tokens))
-    proof.state(
-        "what is seen is the key that is read, and shown",
-        see.sees(query, key).implies((row == key) & _shown(query, first_key, width, key)),
-    )
-    shown = proof.integer("key", 0, tokens - 1)
-    from_first = shown - see.first(query, first_key)
-    in_definition = _shown(query, first_key, width, shown)
-    proof.state("nothing shown lies before the first key", in_definition.implies(from_first >= 0))
-    here = (i * tile <= from_first) & (from_first < (i + 1) * tile) & (
-        place == from_first - i * tile
-    )
-    proof.state("a shown key is seen at its place", (in_definition & here).implies(
-        (key == shown) & see.sees(query, key)
-    ))
-    proof.state("and its tile is read", in_definition.implies(from_first < tiles * tile))
-    other = proof.integer("tile'", 0, tiles - 1), proof.integer("place'", 0, tile - 1)
-    proof.state("no key is read twice", (see.key(query, first_key, *other) == key).implies(
-        (other[0] == i) & (other[1] == place)
+    first, end = kind(width, tile).seen(query, first_key)
+    proof.state("it is one of keys that exist", (first >= 0) & (first <= end) & (end <= tokens))
+    key = proof.integer("key", 0, tokens - 1)
+    proof.state("it is the definition", ((key >= first) & (key < end)).same_as(
+        _shown(query, first_key, width, key)
     ))
     return proof
 

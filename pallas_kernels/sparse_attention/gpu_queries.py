@@ -170,25 +170,19 @@ def over_tiles(window: int, tile: int, keys_ref, seen_refs, fold: Callable, stat
       seen_refs: of the first key and, if there are entries, these and which of them are seen.
       fold: from a state, a tile of key-values and which of them are seen to a state.
     """
-    query, place = pl.program_id(0), jnp.arange(tile)
     first_key_ref, *entry_refs = seen_refs
-    first_key, keys = first_key_ref[...], Window(window, tile)
-
-    def window_tile(i, state):
-        key = keys.key(query, first_key, i, place)
-        kv = keys_ref[keys.row(key, query), :]
-        return fold(state, kv, keys.sees(query, key))
-
-    state = jax.lax.fori_loop(0, keys.tiles(query, first_key), window_tile, state)
+    keys = Window(window, tile).seen(pl.program_id(0), first_key_ref[...])
+    state = _over_range(tile, keys_ref, *keys, fold, state)
     if len(entry_refs) == 2:
         return _over_chosen(tile, *entry_refs, fold, state)
     if len(entry_refs) == 3:
-        return _over_range(tile, *entry_refs, fold, state)
+        entries_ref, first_ref, end_ref = entry_refs
+        return _over_range(tile, entries_ref, first_ref[...], end_ref[...], fold, state)
     return state
 
 
-def _over_range(tile: int, entries_ref, first_ref, end_ref, fold: Callable, state):
-    first, end, entries = first_ref[...], end_ref[...], Entries(tile)
+def _over_range(tile: int, entries_ref, first, end, fold: Callable, state):
+    entries = Entries(tile)
 
     def range_tile(i, state):
         entry = entries.entry(first, i, jnp.arange(tile))

@@ -8,30 +8,18 @@ from pallas_kernels.index_math import Index, Truth, cdiv, div, maximum, minimum,
 
 
 class Window(NamedTuple):
-    """The keys of a query: the last `window` tokens of its document, in tiles of `tile` keys."""
+    """The keys of a query: the last `window` tokens of its document."""
 
     window: int
-    tile: int
-
-    def tiles(self, query: Index, first_key: Index) -> Index:
-        """Return how many tiles hold all keys that a query sees."""
-        return cdiv(query - self.first(query, first_key) + 1, self.tile)
+    tile: int  # keys whose gradients one program owns
 
     def first(self, query: Index, first_key: Index) -> Index:
         """Return the first key that a query sees."""
         return maximum(first_key, query - self.window + 1)
 
-    def key(self, query: Index, first_key: Index, tile: Index, place: Index) -> Index:
-        """Return the key at a place of a tile; behind the query's own it is not to be seen."""
-        return self.first(query, first_key) + tile * self.tile + place
-
-    def sees(self, query: Index, key: Index) -> Truth:
-        """Say whether the query sees a key of one of its tiles."""
-        return key <= query
-
-    def row(self, key: Index, query: Index) -> Index:
-        """Return the row to read for a key of a tile: one that exists."""
-        return minimum(key, query)
+    def seen(self, query: Index, first_key: Index) -> tuple[Index, Index]:
+        """Return the range of keys that a query sees: first and end."""
+        return self.first(query, first_key), query + 1
 
     # The other way round, for gradients of keys: programs own tiles of keys, aligned to `tile`.
 
@@ -46,7 +34,7 @@ class Window(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The compressed entries that a query sees: a range, in tiles of `tile` entries."""
+    """A range of entries that a query sees, or of keys, in tiles of `tile`."""
 
     tile: int
 
