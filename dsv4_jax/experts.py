@@ -15,6 +15,8 @@ from dsv4_jax.rounding import TOKEN_BLOCK, round_tokens
 from dsv4_jax.router import Routing
 from dsv4_jax.shapes import Array, Float, Hidden, Int
 from dsv4_jax.sharding import BATCH_AXES
+from pallas_kernels import moe
+from pallas_kernels.implementation import XLA
 
 
 class ExpertWeights(NamedTuple):
@@ -37,7 +39,7 @@ class Plan(NamedTuple):
 
 def routed_experts(
     x: Hidden, routing: Routing, weights: ExpertWeights, *, limit: float, implementation: str,
-    mesh: Mesh | None, invariant: bool = False, rounded: bool = False,
+    mesh: Mesh | None, invariant: bool = False, rounded: bool = False, kernel: str = XLA,
 ) -> Hidden:
     """Return the weighted sum of each token's experts.
 
@@ -49,6 +51,8 @@ def routed_experts(
       mesh: devices that share the experts ("expert"), their width ("tensor") and the tokens.
       invariant: for inference: give a token the same bits whatever the number beside it.
       rounded: multiply tokens rounded to FP8.
+      kernel: what `moe.routed_experts` calls implementation; where it means "xla",
+        `implementation` decides.
     Raises:
       InputError: channels that FP8 scales together would be on several devices.
     """
@@ -58,7 +62,7 @@ def routed_experts(
         implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
     compute = partial(
         _compute_experts, limit=limit, implementation=implementation, invariant=invariant,
-        rounded=rounded,
+        rounded=rounded, kernel=kernel,
     )
     if mesh is None:
         return compute(x, *routing, weights).astype(x.dtype)
@@ -95,10 +99,18 @@ def _exchange(compute, x, experts, gates, weights: ExpertWeights):
 def _compute_experts(
     x: Hidden, experts: Int[Array, "b t a"], gates: Float[Array, "b t a"],
     weights: ExpertWeights, *, limit: float, implementation: str, invariant: bool, rounded: bool,
+    kernel: str,
 ) -> Hidden:
     """Sum the experts held here; ids past the last of them contribute nothing. float32."""
     b, t, d = x.shape
     count, chosen = weights.gate.shape[0], experts.reshape(b * t, -1)
+    kernel = moe.choose_for(x, chosen, weights.gate, kernel)
+    if kernel != XLA:
+        y = moe.routed_experts(
+            x.reshape(b * t, d), chosen, gates.reshape(b * t, -1), *weights, limit=limit,
+            rounded=rounded, invariant=invariant, implementation=kernel,
+        )
+        return y.reshape(b, t, d)
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     if implementation == "blocks":
         size = _fixed_block_rows(b * t) if invariant else _block_rows(chosen.size, count)

@@ -22,6 +22,7 @@ from dsv4_jax.router import (
     sequence_balance,
 )
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Tokens
+from pallas_kernels.implementation import implementation_of
 
 
 class Experts(nn.Module):
@@ -41,6 +42,7 @@ class Experts(nn.Module):
             x, routing, ExpertWeights(w_gate, w_up, w_down), limit=c.swiglu_limit,
             implementation=self.runtime.moe, mesh=self.runtime.mesh,
             invariant=self.runtime.batch_invariant, rounded=self.runtime.linears != PLAIN,
+            kernel=implementation_of("moe", self.runtime.kernels),
         )
 
 

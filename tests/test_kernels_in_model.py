@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +51,13 @@ def logits_and_gradients(kernels: str, csa: str, indexer: str = "plain"):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("csa", ("sparse", "dense"))
 @pytest.mark.parametrize(
-    "kernels",
-    ("xla,sparse_attention=gpu", "xla,sparse_attention=gpu,indexer=gpu",
-     "xla,sparse_attention=tpu", "xla,sparse_attention=tpu,indexer=tpu"),
+    "kernels, csa",
+    [*itertools.product(
+        ("xla,sparse_attention=gpu", "xla,sparse_attention=gpu,indexer=gpu",
+         "xla,sparse_attention=tpu", "xla,sparse_attention=tpu,indexer=tpu"),
+        ("sparse", "dense"),
+    ), ("xla,moe=gpu", "sparse"), ("xla,moe=tpu", "sparse")],
 )
 def test_logits_and_gradients_are_those_of_plain_jax(kernels, csa):
     logits, gradients = logits_and_gradients(kernels, csa)
@@ -82,5 +85,6 @@ def test_kernels_run_where_they_are_asked_for():
     assert "pallas_call" not in primitives(kernels="xla")
     assert primitives(kernels="xla,sparse_attention=gpu").count("name=attend") == 3
     assert primitives(kernels="gpu").count("name=select") == 1
+    assert primitives(kernels="tpu").count("name=expert_output") == 3
     learning = primitives(kernels="xla,sparse_attention=gpu", index_learns=True)
     assert learning.count("name=attend") == 2  # window and HCA

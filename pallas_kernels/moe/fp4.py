@@ -33,7 +33,7 @@ def routed_experts_fp4(
         matrices = (decoded(w).mT for w in (gate, up, down))
         return reference.routed_experts(
             x, experts, weights, *matrices, limit=limit, between=round_tokens if rounded else None
-        )
+        ).astype(x.dtype)
     kernels = {"gpu": gpu, "tpu": tpu}[chosen]
     plan = make_plan(experts, gate.codes.shape[0], block_rows(experts.size, gate.codes.shape[0]))
     gate, up, down = (_pad(w, kernels.UNIT) for w in (gate, up, down))

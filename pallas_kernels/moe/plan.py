@@ -12,6 +12,7 @@ from pallas_kernels.index_math import cdiv
 from pallas_kernels.moe.index import Grouped
 
 SMALLEST, LARGEST = 16, 128  # rows of a block
+INVARIANT = 64  # where it may not depend on the number of rows
 LINE, PART = 128, 2**15  # slots counted by one product, and at a time
 
 

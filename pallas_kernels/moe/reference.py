@@ -16,7 +16,7 @@ def routed_experts(
     gate: Float[Array, "e d f"], up: Float[Array, "e d f"], down: Float[Array, "e f d"], *,
     limit: float, between: Callable | None = None,
 ) -> Float[Array, "t d"]:
-    """Return the weighted sum of each token's experts in float32, in the dtype of x.
+    """Return the weighted sum of each token's experts, float32.
 
     Every expert computes every token: a definition, not a fast way.
 
@@ -34,4 +34,4 @@ def routed_experts(
 
     numbered = (jnp.arange(gate.shape[0]), gate, up, down)
     total, _ = jax.lax.scan(jax.checkpoint(add), jnp.zeros(x.shape, jnp.float32), numbered)
-    return total.astype(x.dtype)
+    return total
