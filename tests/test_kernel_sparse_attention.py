@@ -10,11 +10,12 @@ import pytest
 from pallas_kernels.sparse_attention import (
     Seen,
     claims,
+    gpu_chosen,
     reference,
     sparse_attention,
     tpu_queries,
 )
-from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Split, Window
+from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Shares, Split, Window
 from pallas_kernels.sparse_attention.seen import pack_chosen
 
 KERNELS = ("gpu", "tpu")
@@ -105,6 +106,22 @@ def close(actual, wanted, tolerance):
      for case in CASES],
 )
 def test_values_and_gradients_are_those_of_the_definition(case, kind, kernel):
+    check_values_and_gradients(case, kind, kernel)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "documents" else pytest.param(case, marks=pytest.mark.heavy)
+     for case in CASES],
+)
+def test_entries_gather_what_queries_give_them(case, monkeypatch):
+    """As on GPU if there are many entries; here in parts of a few queries, the last one short."""
+    monkeypatch.setattr(gpu_chosen, "MANY", 0)
+    monkeypatch.setattr(gpu_chosen, "BYTES", 50 * 4 * 32 * 32)
+    check_values_and_gradients(case, "chosen", "gpu")
+
+
+def check_values_and_gradients(case, kind, kernel):
     arrays, seen, mask = of_kind(kind, *operands(*CASES[case]))
     definition = written_out(arrays, seen, mask)
     wanted, pull_back = jax.vjp(definition, *arrays)
@@ -272,6 +289,13 @@ class SharedBits(Bits):
         return super().bit(entry + 1)
 
 
+class GroupsSwapped(Shares):
+    """Shares of which a group's follow those of the group after it."""
+
+    def row(self, slot, group):
+        return super().row(slot, self.groups - 1 - group)
+
+
 class PiecesOverlap(Split):
     """Pieces that each go one query too far."""
 
@@ -302,6 +326,7 @@ class WordsOneOff(Blocks):
         ({"entries": EndIncluded}, "range of entries"), ({"bits": SharedBits}, "chosen entries"),
         ({"split": PiecesOverlap}, "queries shared"), ({"blocks": BlocksOneShort}, "TPU, keys"),
         ({"blocks": WordsOneOff}, "TPU, entries"),
+        ({"shares": GroupsSwapped}, "shares of 1024 entries"),
     ],
 )
 def test_index_functions_that_are_one_off_are_refuted(broken, kernel):

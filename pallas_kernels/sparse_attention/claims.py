@@ -14,6 +14,7 @@ from pallas_kernels.sparse_attention.index import (
     Bits,
     Blocks,
     Entries,
+    Shares,
     Split,
     Window,
     first_block,
@@ -23,6 +24,9 @@ from pallas_kernels.sparse_attention.index import (
 OPERATION = "sparse_attention"
 TOKENS = 2**20  # in a row, at most
 TILES = (32, 64)
+LIST_TILE = 8  # shares that are added up at a time, of a list that is such a range
+SHARE_ROWS = 2**20  # of a part of the queries, at most
+SHARES = (32, 1), (512, 1), (1024, 2)  # chosen entries, groups of heads
 PARTS = 16  # that share the queries of a tile, at most
 QUERIES = (8, 16, 32, 64)  # of a block on TPU
 KEY_BLOCK, ENTRY_BLOCK = 128, 512
@@ -30,7 +34,7 @@ KEY_BLOCK, ENTRY_BLOCK = 128, 512
 
 def proofs(
     window: type[Window] = Window, entries: type[Entries] = Entries, bits: type[Bits] = Bits,
-    split: type[Split] = Split, blocks: type[Blocks] = Blocks,
+    split: type[Split] = Split, blocks: type[Blocks] = Blocks, shares: type[Shares] = Shares,
 ) -> Iterator[Proof]:
     """Yield what is to be proved, of the index functions of these kinds."""
     for tile in TILES:
@@ -39,6 +43,9 @@ def proofs(
         yield _keys_of_queries(window, tile)
         yield _entries_of_queries(tile)
         yield _bits(bits, tile)
+    yield _range(entries, LIST_TILE)
+    for slots, groups in SHARES:
+        yield _shares(shares, slots, groups)
     yield _pieces(split)
     for queries in QUERIES:
         yield _blocks_of_keys(blocks, queries)
@@ -150,6 +157,21 @@ def _bits(kind: type[Bits], tile: int) -> Proof:
     start, place = entry - mod(entry, tile), mod(entry, tile)
     proof.state("a tile's words are neighbours", word == bits.word(start) + place)
     proof.state("a tile's bits are the same", bit == bits.bit(start))
+    return proof
+
+
+def _shares(kind: type[Shares], slots: int, groups: int) -> Proof:
+    """State where the share is that a program of a query writes as [query, group, slot]."""
+    proof = Proof(OPERATION, f"shares of {slots} entries by {groups} groups of heads")
+    shares = kind(slots, groups)
+    queries = proof.integer("queries", 1, max(1, SHARE_ROWS // shares.of_query))
+    query = proof.integer("query", 0, queries - 1)
+    place = proof.integer("place", 0, slots - 1)
+    group = proof.integer("group", 0, groups - 1)
+    row = shares.row(query * slots + place, group)
+    proof.state("rows exist", (row >= 0) & (row < queries * groups * slots))
+    written = (query * groups + group) * slots + place
+    proof.state("the row that is added is the one that is written", row == written)
     return proof
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.sparse_attention.gpu_keys import Rows, entry_gradient, key_gradient
+from pallas_kernels.sparse_attention.gpu_keys import entry_gradient, key_gradient
 from pallas_kernels.sparse_attention.gpu_queries import (
+    Rows,
     attend,
     fitted,
     fitted_rows,
@@ -36,10 +37,7 @@ def gradients(
     h, k = q.shape[2:]
     x, scale = fitted(q, keys, entries, sink, seen), k**-0.5
     rows = Rows(x.q, *map(fitted_rows, (grad, log_total, drop)))
-    grad_q = query_gradient(
-        x.q, x.keys, x.entries, rows.log_total, rows.drop, rows.grad, x.seen, window=window,
-        scale=scale,
-    )
+    grad_q = query_gradient(rows, x.keys, x.entries, x.seen, window=window, scale=scale)
     grad_keys = key_gradient(rows, x.keys, x.seen, window=window, scale=scale)
     grad_entries = None
     if entries is not None:

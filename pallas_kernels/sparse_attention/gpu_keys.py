@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.index_math import cdiv, div, mod
-from pallas_kernels.sparse_attention.gpu_queries import LOG2_E
+from pallas_kernels.sparse_attention.gpu_chosen import chosen_gradient, pays
+from pallas_kernels.sparse_attention.gpu_queries import LOG2_E, Rows
 from pallas_kernels.sparse_attention.index import Bits, Split, Window
 from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
 from pallas_kernels.target import GPU, target_platform
@@ -34,15 +35,6 @@ class Tiles(NamedTuple):
 
 TILES = Tiles(32, 64, 8, 1)
 PROGRAMS = 264  # two for each of an H100's multiprocessors, to share them evenly
-
-
-class Rows(NamedTuple):
-    """What belongs to queries, as `gpu_queries.query_gradient` takes it."""
-
-    q: Float[Array, "b t h k"]
-    grad: Float[Array, "b t h k"]
-    log_total: Float[Array, "b t h"]
-    drop: Float[Array, "b t h"]
 
 
 def key_gradient(
@@ -65,6 +57,8 @@ def entry_gradient(
 ) -> Float[Array, "b c k"]:
     """Return the gradient of the entries."""
     count = entries.shape[1]
+    if seen.chosen is not None and pays(count, seen.chosen.shape[2]):
+        return chosen_gradient(rows, entries, seen.chosen, scale=scale)
     tile_first = jnp.arange(cdiv(count, TILES.keys)) * TILES.keys
     # Both bounds grow along a row, so that the queries that see any of a tile are neighbours.
     search = jax.vmap(jnp.searchsorted, in_axes=(0, None))

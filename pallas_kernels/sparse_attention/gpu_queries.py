@@ -48,6 +48,19 @@ class Fitted(NamedTuple):
     seen: Seen
 
 
+class Rows(NamedTuple):
+    """What belongs to queries in backward passes.
+
+    `drop` is the sum of output and its gradient over channels: what a logit's gradient loses by
+    the softmax's total.
+    """
+
+    q: Float[Array, "*b t h k"]
+    grad: Float[Array, "*b t h k"]  # of the output
+    log_total: Float[Array, "*b t h"]
+    drop: Float[Array, "*b t h"]
+
+
 def fitted(q, keys, entries, sink, seen: Seen) -> Fitted:
     """Fill up to whole groups of heads, a power of two of channels and whole tiles of chosen."""
     if seen.chosen is not None:
@@ -120,19 +133,12 @@ def attend(
 
 
 def query_gradient(
-    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
-    log_total: Float[Array, "b t h"], drop: Float[Array, "b t h"], grad: Float[Array, "b t h k"],
-    seen: Seen, *, window: int, scale: float,
+    rows: Rows, keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None, seen: Seen, *,
+    window: int, scale: float,
 ) -> Float[Array, "b t h k"]:
-    """Return the gradient of the queries; arguments as `fitted`.
-
-    Args:
-      grad: of the output.
-      drop: sum of output and its gradient over channels: what a logit's gradient loses by the
-        softmax's total.
-    """
-    tiles = QUERY_GRADIENT
-    heads, width = min(tiles.heads, q.shape[2]), q.shape[3]
+    """Return the gradient of the queries; arguments as `fitted`."""
+    tiles, (b, t, h, width) = QUERY_GRADIENT, rows.q.shape
+    heads = min(tiles.heads, h)
 
     def kernel(q_ref, grad_ref, total_ref, drop_ref, keys_ref, *refs):
         *seen_refs, out_ref = refs
@@ -149,18 +155,17 @@ def query_gradient(
         out = over_tiles(window, tiles.keys, keys_ref, seen_refs, fold, out)
         out_ref[...] = (out * scale).astype(out_ref.dtype)
 
-    b, t, h, _ = q.shape
-    rows, row = _row_specs(heads, width)
+    of_rows, of_row = _row_specs(heads, width)
     return pl.pallas_call(
         kernel,
         grid=(t, b, h // heads),
-        in_specs=[rows, rows, row, row, *_key_specs(keys, entries, seen)],
-        out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        in_specs=[of_rows, of_rows, of_row, of_row, *_key_specs(keys, entries, seen)],
+        out_specs=of_rows,
+        out_shape=jax.ShapeDtypeStruct(rows.q.shape, rows.q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=target_platform() != GPU,
         name="query_gradient",
-    )(q, grad, log_total, drop, *_operands(keys, entries, seen))
+    )(*rows, *_operands(keys, entries, seen))
 
 
 def over_tiles(window: int, tile: int, keys_ref, seen_refs, fold: Callable, state):

@@ -81,6 +81,23 @@ class Bits(NamedTuple):
         return mod(div(entry, self.LANES), self.WORD)
 
 
+class Shares(NamedTuple):
+    """Rows of what queries give to chosen entries: of a query group after group of its heads."""
+
+    slots: int  # chosen entries of a query
+    groups: int
+
+    @property
+    def of_query(self) -> int:
+        """Return how many rows a query has."""
+        return self.slots * self.groups
+
+    def row(self, slot: Index, group: Index) -> Index:
+        """Return the row of a group's share, where slot counts through all queries."""
+        query = div(slot, self.slots)
+        return query * self.of_query + group * self.slots + mod(slot, self.slots)
+
+
 class Split(NamedTuple):
     """A range of queries in `parts` pieces, each for a program of its own."""
 
