@@ -18,6 +18,7 @@ from dsv4_jax.config import ModelConfig, Runtime
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order
 # Of the largest gradient of all: the gates of equal streams have a gradient of 0 but for rounding.
 NOTHING = 1e-8
+FP8_STEP = 2.0**-8  # of the largest value: a few of many entries' numbers one step of FP8 apart
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, layer_types=("window", "csa", "hca"),
@@ -32,9 +33,9 @@ SEGMENTS = np.array([[1] * 19 + [2] * 13, [1] * 5 + [2] * 24 + [0] * 3], np.int3
 
 
 @functools.cache
-def logits_and_gradients(kernels: str, csa: str, indexer: str = "plain"):
+def logits_and_gradients(kernels: str, csa: str, indexer: str = "plain", keys: str = "plain"):
     params = init_params(CONFIG, jax.random.key(0))
-    model = Transformer(CONFIG, Runtime(kernels=kernels, csa=csa, indexer=indexer))
+    model = Transformer(CONFIG, Runtime(kernels=kernels, csa=csa, indexer=indexer, keys=keys))
 
     def run(params):
         logits = model.apply({"params": params}, TOKENS, SEGMENTS)
@@ -57,7 +58,8 @@ def logits_and_gradients(kernels: str, csa: str, indexer: str = "plain"):
         ("xla,sparse_attention=gpu", "xla,sparse_attention=gpu,indexer=gpu",
          "xla,sparse_attention=tpu", "xla,sparse_attention=tpu,indexer=tpu"),
         ("sparse", "dense"),
-    ), ("xla,moe=gpu", "sparse"), ("xla,moe=tpu", "sparse")],
+    ), ("xla,moe=gpu", "sparse"), ("xla,moe=tpu", "sparse"), ("xla,compressor=gpu", "sparse"),
+        ("xla,compressor=tpu", "sparse")],
 )
 def test_logits_and_gradients_are_those_of_plain_jax(kernels, csa):
     logits, gradients = logits_and_gradients(kernels, csa)
@@ -76,6 +78,18 @@ def test_scores_that_are_rounded_as_served_choose_the_same_entries():
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("compressor", ("gpu", "tpu"))
+def test_entries_are_rounded_as_served(compressor):
+    logits, gradients = logits_and_gradients(f"xla,compressor={compressor}", "dense", keys="fp8")
+    wanted, wanted_gradients = logits_and_gradients("xla", "dense", keys="fp8")
+    # A value within ROUNDING of the middle between two codes may go either way.
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=FP8_STEP * np.abs(wanted).max())
+    for name, value in wanted_gradients.items():
+        largest = max(np.abs(x).max() for x in wanted_gradients.values())
+        np.testing.assert_allclose(gradients[name], value, rtol=0, atol=FP8_STEP * largest)
+
+
 def test_kernels_run_where_they_are_asked_for():
     def primitives(**runtime):
         model = Transformer(CONFIG, Runtime(csa="sparse", **runtime))
@@ -84,6 +98,7 @@ def test_kernels_run_where_they_are_asked_for():
 
     assert "pallas_call" not in primitives(kernels="xla")
     assert primitives(kernels="xla,sparse_attention=gpu").count("name=attend") == 3
+    assert primitives(kernels="xla,compressor=tpu").count("name=compress") == 3  # two of CSA
     assert primitives(kernels="gpu").count("name=select") == 1
     assert primitives(kernels="tpu").count("name=expert_output") == 3
     learning = primitives(kernels="xla,sparse_attention=gpu", index_learns=True)

@@ -117,8 +117,7 @@ class Attention(nn.Module):
         kv = round_entry(kv, c) if fp8 else kv
         entries = index = None
         if self.kind != WINDOW:
-            entries, _ = self._compressor()(x, places.layout, places.at_entry)
-            entries = round_entry(entries, c) if fp8 else entries
+            entries, _ = self._compressor(rounded=fp8)(x, places.layout, places.at_entry)
         if self.kind == CSA:
             detached = jax.lax.stop_gradient((x, q_rank))  # it learns from its own loss alone
             index, _ = self._indexer()(
@@ -175,11 +174,11 @@ class Attention(nn.Module):
         out = attend_all(q, kv, sink, stored, **common)
         return out, LayerCache(window, main, index)
 
-    def _compressor(self) -> Compressor:
+    def _compressor(self, rounded: bool = False) -> Compressor:
         c = self.config
         return Compressor(
             c, self.runtime, c.ratio(self.kind), c.head_dim, overlapping=self.kind == CSA,
-            name="compressor",
+            rounded=rounded, name="compressor",
         )
 
     def _indexer(self) -> Indexer:

@@ -10,11 +10,14 @@ from flax import linen as nn
 
 from dsv4_jax.attention.layout import EntryLayout, blocks_touched
 from dsv4_jax.cache import Pending, Span, write_ring
+from dsv4_jax.cache_format import round_entry
 from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.layers import project, rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Entries, Float, Hidden, Int
+from pallas_kernels import compressor
+from pallas_kernels.implementation import XLA
 
 
 class EarlierTokens(NamedTuple):
@@ -83,7 +86,7 @@ def open_blocks(
 
 
 class Compressor(nn.Module):
-    """One entry per block of `ratio` tokens: project, pool, normalise, rotate.
+    """One entry per block of `ratio` tokens: project, pool, normalise, rotate, perhaps round.
 
     With `overlapping` (CSA, its indexer) an entry also covers the preceding block, through a
     series of projections of its own; otherwise (HCA) blocks are disjoint.
@@ -94,6 +97,7 @@ class Compressor(nn.Module):
     ratio: int
     width: int
     overlapping: bool
+    rounded: bool = False  # as key-value entries come back from a served cache
 
     @nn.compact
     def __call__(
@@ -125,6 +129,18 @@ class Compressor(nn.Module):
             for w in (w_kv, w_gate)
         )
         if earlier is None:
+            # With a cache, calls of one token would have a kernel fill up a block of entries.
+            kernel = compressor.choose_for(
+                x.shape[1] // self.ratio, x.dtype, self.runtime.implementation("compressor")
+            )
+        if earlier is None and kernel != XLA:
+            entries = compressor.compress(
+                values, gates, bias, norm, *at, layout.start, layout.has_previous,
+                eps=self.config.rms_norm_eps, dtype=x.dtype, rounded=self.rounded,
+                implementation=kernel,
+            )
+            return entries, None
+        if earlier is None:
             pending = None
             values = take_blocks(values, layout, self.ratio)
             gates = take_blocks(gates, layout, self.ratio) + bias
@@ -133,7 +149,8 @@ class Compressor(nn.Module):
         else:
             values, gates, pending = self._with_earlier(values, gates, bias, layout, earlier)
         entries = rms_norm(pool(values, gates), norm, eps=self.config.rms_norm_eps)
-        return rotate(entries.astype(x.dtype), at), pending
+        entries = rotate(entries.astype(x.dtype), at)
+        return round_entry(entries, self.config) if self.rounded else entries, pending
 
     def _with_earlier(self, values, gates, bias, layout: EntryLayout, earlier: EarlierTokens):
         """Complete blocks that earlier tokens began; return blocks and what is pending now."""

@@ -6,13 +6,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.compressor.rounding import round_entries
 
-def pooled_entries(
+
+def compress(
     values: Float[Array, "b t u k"], gates: Float[Array, "b t u k"],
-    bias: Float[Array, "ratio u k"], norm: Float[Array, " k"], start: Int[Array, "b c"],
-    has_previous: Bool[Array, "b c"], eps: float,
+    bias: Float[Array, "ratio u k"], norm: Float[Array, " k"], cos: Float[Array, "b c h"],
+    sin: Float[Array, "b c h"], start: Int[Array, "b c"], has_previous: Bool[Array, "b c"],
+    eps: float, dtype, rounded: bool,
 ) -> Float[Array, "b c k"]:
-    """Return the normalised average of each entry's tokens, weighted by softmax(gates + bias).
+    """Return the normalised, rotated average of each entry's tokens, rounded to FP8 if wanted."""
+    pooled = pool(values, gates, bias, start, has_previous)
+    mean = jnp.mean(pooled * pooled, axis=-1, keepdims=True)
+    entries = (pooled * jax.lax.rsqrt(mean + eps) * norm).astype(dtype)
+    entries = rotate(entries, cos, sin)
+    return round_entries(entries, 2 * cos.shape[-1]) if rounded else entries
+
+
+def pool(
+    values: Float[Array, "b t u k"], gates: Float[Array, "b t u k"],
+    bias: Float[Array, "ratio u k"], start: Int[Array, "b c"], has_previous: Bool[Array, "b c"],
+) -> Float[Array, "b c k"]:
+    """Return the average of each entry's tokens, weighted by softmax(gates + bias).
 
     The softmax is of each channel, over the tokens of the entry's block. With two series (u = 2)
     it is over series 0 of the block before, where there is one, and series 1 of the entry's own.
@@ -32,6 +47,14 @@ def pooled_entries(
         taken.append(block(values, before, 0))
         weighed.append(jnp.where(there, block(gates, before, 0, bias[:, 0]), -jnp.inf))
     weights = jax.nn.softmax(jnp.concatenate(weighed, axis=2), axis=2)
-    pooled = jnp.sum(weights * jnp.concatenate(taken, axis=2), axis=2)
-    mean = jnp.mean(pooled * pooled, axis=-1, keepdims=True)
-    return pooled * jax.lax.rsqrt(mean + eps) * norm
+    return jnp.sum(weights * jnp.concatenate(taken, axis=2), axis=2)
+
+
+def rotate(
+    x: Float[Array, "b c k"], cos: Float[Array, "b c h"], sin: Float[Array, "b c h"]
+) -> Float[Array, "b c k"]:
+    """Rotate the last pairs of channels: (a, b) -> (a cos - b sin, a sin + b cos), in float32."""
+    plain, turned = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
+    a, b = (turned[..., i::2].astype(jnp.float32) for i in (0, 1))
+    pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return jnp.concatenate([plain, pairs.reshape(turned.shape).astype(x.dtype)], axis=-1)
