@@ -128,12 +128,12 @@ class Compressor(nn.Module):
             project(form, x, w, self.runtime, preferred_element_type=jnp.float32)
             for w in (w_kv, w_gate)
         )
+        kernel = XLA  # with a cache: a kernel would fill up one token to a block of entries
         if earlier is None:
-            # With a cache, calls of one token would have a kernel fill up a block of entries.
             kernel = compressor.choose_for(
                 x.shape[1] // self.ratio, x.dtype, self.runtime.implementation("compressor")
             )
-        if earlier is None and kernel != XLA:
+        if kernel != XLA:
             entries = compressor.compress(
                 values, gates, bias, norm, *at, layout.start, layout.has_previous,
                 eps=self.config.rms_norm_eps, dtype=x.dtype, rounded=self.rounded,
