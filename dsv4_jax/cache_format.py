@@ -123,8 +123,13 @@ def round_index(x: Float[Array, "*rows j"], form: str) -> Array:
 
 
 def round_scores(scores: Float[Array, "*rows c"], form: str) -> Float[Array, "*rows c"]:
-    """Return index scores as the choice of entries compares them: served ones in bfloat16."""
-    return scores.astype(jnp.bfloat16).astype(jnp.float32) if form == SERVED else scores
+    """Return index scores as the choice of entries compares them: served ones in bfloat16.
+
+    Conversions there and back would be left out by XLA on GPU.
+    """
+    if form != SERVED:
+        return scores
+    return jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
 
 
 def _split_width(config: ModelConfig) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,28 @@ def test_scores_of_any_size_and_sign_are_ordered(kernel):
     assert wanted[0].sum(axis=1).tolist() == [topk, topk]
 
 
+@pytest.mark.parametrize("kernel", ("xla", *KERNELS))
+def test_rounded_scores_tie_where_bfloat16_is_too_coarse(kernel):
+    """Scores 256, 257, ... lie between neighbours of bfloat16, which are 2 apart, ties to even."""
+    entries, topk = 40, 11
+    values = np.random.default_rng(0).permutation(256 + np.arange(entries)).astype(np.float32)
+    keys = jnp.zeros((1, entries, 16)).at[0, :, 0].set(values)
+    queries = jnp.zeros((1, 1, 1, 16)).at[0, 0, 0, 0].set(1.0)
+    seen = Seen(*(jnp.full((1, 1), x, jnp.int32) for x in (0, 0, entries)))
+    rounded = values.astype(jnp.bfloat16).astype(np.float32)
+    wanted = {
+        exact: np.sort(np.argsort(-x, kind="stable")[:topk])
+        for exact, x in ((True, values), (False, rounded))
+    }
+    assert set(wanted[True].tolist()) != set(wanted[False].tolist())
+    for exact, numbers in wanted.items():
+        choose = jax.jit(functools.partial(
+            select, topk=topk, implementation=kernel, rounded=not exact
+        ))
+        found = choose(queries, jnp.ones((1, 1, 1)), keys, seen)
+        np.testing.assert_array_equal(np.flatnonzero(mask_of(found, entries)[0, 0]), numbers)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_array_has_all_tokens_and_entries(kernel, monkeypatch):
     monkeypatch.setattr(gpu, "TILES", gpu.Tiles(8192, 128, 8, 3))
@@ -158,5 +182,7 @@ class LastBlockLeft(Steps):
 )
 def test_index_functions_that_are_one_off_are_refuted(broken, kernel):
     found = [proof for proof in claims.proofs(**broken) if proof.kernel.startswith(kernel)]
-    refuted = [v for proof in found for v in proof.verdicts() if not v.proved]
-    assert any(verdict.counterexample for verdict in refuted)
+    assert found
+    for proof in found[:3]:
+        refuted = [v for v in proof.verdicts() if not v.proved]
+        assert any(verdict.counterexample for verdict in refuted)

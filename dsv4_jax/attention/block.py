@@ -169,7 +169,10 @@ class Attention(nn.Module):
             index = store_entries(index, layer, keys, pending, span, ratio)
             if self.runtime.csa == "sparse" and not sees_all_entries(c):
                 stored_keys = StoredEntries(index.entries, layer, c, index_form)
-                out = attend_best(q, kv, sink, stored, stored_keys, asked, **common)
+                out = attend_best(
+                    q, kv, sink, stored, stored_keys, asked, **common,
+                    choice=self.runtime.implementation("indexer"),
+                )
                 return out, LayerCache(window, main, index)
         out = attend_all(q, kv, sink, stored, **common)
         return out, LayerCache(window, main, index)

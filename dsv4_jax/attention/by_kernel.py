@@ -57,10 +57,10 @@ def seen_by(
 def _chosen(index: IndexQueries, seen: Seen, config: ModelConfig, runtime: Runtime) -> Seen:
     """Add the best entries to what is seen; the choice has no gradient."""
     index, rounded = jax.lax.stop_gradient(index), runtime.indexer == FP4
-    chosen = choose("indexer", runtime.implementation("indexer"), worthwhile=not rounded)
+    chosen = choose("indexer", runtime.implementation("indexer"))
     if chosen == XLA:
         best = best_entries(index, seen.first, seen.end, config.index_topk, rounded=rounded)
         return seen._replace(chosen=best)
-    return indexer.select(*index, seen, config.index_topk, chosen)
+    return indexer.select(*index, seen, config.index_topk, chosen, rounded=rounded)
 
 

@@ -33,6 +33,8 @@ from dsv4_jax.cache_format import (
 from dsv4_jax.chunks import map_chunks
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.shapes import Array, Bool, Float, Int, Keys, Queries
+from pallas_kernels.implementation import XLA
+from pallas_kernels.indexer.stored import MOST_TOKENS, choose_for, select_stored
 
 
 class StoredEntries(NamedTuple):
@@ -99,15 +101,16 @@ def attend_all(
 def attend_best(
     q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries,
     index_keys: StoredEntries, asked: IndexQueries, *, window: int, layout: EntryLayout,
-    earlier: Earlier,
+    earlier: Earlier, choice: str = XLA,
 ) -> Queries:
     """Attend each query to its window and to its best visible entries by index score.
 
     Args:
       index_keys: of all entries.
       asked: the queries of the indexer.
+      choice: the implementation that scores and chooses entries.
     """
-    index, exists = select_entries(index_keys, asked, layout.end)
+    index, exists = select_entries(index_keys, asked, layout.end, choice)
 
     def choose(chunk: QueryBlocks) -> Compressed:
         index, exists = chunk.extra
@@ -120,18 +123,27 @@ def attend_best(
 
 
 def select_entries(
-    stored: StoredEntries, asked: IndexQueries, end: Int[Array, "b t"]
+    stored: StoredEntries, asked: IndexQueries, end: Int[Array, "b t"], implementation: str = XLA
 ) -> tuple[Int[Array, "b t l"], Bool[Array, "b t l"]]:
     """Return the numbers of each query's best entries and which of them exist.
 
     Stored keys are scored tile by tile beside the best so far, so that no array is as long as the
     row. Ties go to the lowest number, as in `indexer.top_entries`.
+
+    Args:
+      implementation: for calls of few tokens, in which a kernel decodes keys as it scores them;
+        longer ones do without.
     """
     index_keys, layer, config, form = stored
     width, k = config.index_head_dim, config.index_topk
     size = min(INDEX_TILE, index_keys.shape[2])
     queries = round_index(asked.queries, form)
     b, t, heads, _ = queries.shape
+    if t <= MOST_TOKENS and choose_for(queries, index_keys, implementation) != XLA:
+        numbers = select_stored(
+            queries, asked.head_weights, index_keys, layer, end, k, implementation
+        )
+        return jnp.maximum(numbers, 0), numbers >= 0
 
     def best_of_tile(tile):
         # The last tile may begin earlier, to end with the array; what it repeats is left out.

@@ -12,14 +12,18 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import AUTO, TPU, XLA, choose
 from pallas_kernels.indexer import gpu, reference, tpu
+from pallas_kernels.indexer.stored import select_stored
 from pallas_kernels.sparse_attention.seen import Seen
+
+__all__ = ["select", "select_stored"]
 
 MOST_QUERIES = 2**19  # a TPU holds two numbers of each block of 8 beside its program
 
 
 def select(
     queries: Float[Array, "b t i j"], head_weights: Float[Array, "b t i"],
-    keys: Float[Array, "b c j"], seen: Seen, topk: int, implementation: str = AUTO,
+    keys: Float[Array, "b c j"], seen: Seen, topk: int, implementation: str = AUTO, *,
+    rounded: bool = False,
 ) -> Seen:
     """Choose the `topk` entries with the best index scores among those that queries see.
 
@@ -28,6 +32,7 @@ def select(
 
     Args:
       seen: its `first` and `end` say which entries queries see.
+      rounded: compare scores rounded to bfloat16, as served models do.
     Returns:
       `seen` with the choice: numbers in ascending order, or on TPU words of bits.
     Raises:
@@ -43,7 +48,9 @@ def select(
             f"{queries.shape[0]} x {queries.shape[1]}"
         )
     module = {XLA: reference, TPU: tpu}.get(chosen, gpu)
-    choice = module.select(queries, head_weights, keys, seen.first, seen.end, topk)
+    choice = module.select(
+        queries, head_weights, keys, seen.first, seen.end, topk, rounded=rounded
+    )
     return seen._replace(words=choice) if chosen == TPU else seen._replace(chosen=choice)
 
 

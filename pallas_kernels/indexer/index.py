@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pallas_kernels.index_math import Index, Truth, cdiv, div, maximum, minimum, mod
+from pallas_kernels.index_math import Index, Truth, cdiv, maximum, minimum
 
 
 class Programs(NamedTuple):
-    """Queries of `rows` rows, shared by `count` programs: each takes every count-th."""
+    """The queries of a row, shared by `count` programs: each takes every count-th."""
 
-    rows: Index
-    tokens: int
+    tokens: Index
     count: int
 
     def length(self, program: Index) -> Index:
         """Return how many queries a program takes."""
-        return cdiv(self.rows * self.tokens - program, self.count)
+        return cdiv(maximum(self.tokens - program, 0), self.count)
 
-    def query(self, program: Index, n: Index) -> tuple[Index, Index]:
-        """Return the row and the token of a program's n-th query."""
-        number = program + n * self.count
-        return div(number, self.tokens), mod(number, self.tokens)
+    def token(self, program: Index, n: Index) -> Index:
+        """Return the token of a program's n-th query."""
+        return program + n * self.count
 
 
 class Rounds(NamedTuple):
@@ -63,6 +61,36 @@ class Rounds(NamedTuple):
         return (slot >= self.topk) & (entry < end)
 
 
+class Merge(NamedTuple):
+    """The best of `parts` parts of a query's entries, merged by `size` neighbouring ones.
+
+    Both are powers of two: groups are whole.
+    """
+
+    parts: int
+    size: int
+
+    @property
+    def groups(self) -> int:
+        """Return how many groups there are."""
+        return self.parts // self.size
+
+
+class Packed(NamedTuple):
+    """The bytes of a packed key: those of codes by groups that share a scale, then the scales."""
+
+    groups: int
+    size: int  # bytes of codes of a group
+
+    def code(self, group: Index, place: Index) -> Index:
+        """Return a byte of codes."""
+        return group * self.size + place
+
+    def scale(self, group: Index) -> Index:
+        """Return the byte of a group's scale."""
+        return self.groups * self.size + group
+
+
 class Steps(NamedTuple):
     """Steps of a grid on TPU: one for each block of `size` entries of a row."""
 
@@ -76,3 +104,34 @@ class Steps(NamedTuple):
     def read(self, step: Index, first: Index, last: Index) -> Index:
         """Return the block that is in memory at a step: those not wanted are not read."""
         return maximum(minimum(step, last), first)
+
+
+class Tiled(NamedTuple):
+    """A row's entries on TPU: blocks in memory, tiles that are scored, rows of lanes that keep it.
+
+    A chunk is as many rows as there are lanes.
+    """
+
+    block: int
+    tile: int  # divides the block
+    lanes: int  # divide the tile
+
+    def rows(self, blocks: int) -> int:
+        """Return how many rows hold so many blocks: whole chunks."""
+        return cdiv(blocks * self.block, self.lanes * self.lanes) * self.lanes
+
+    def entry(self, step: Index, tile: Index) -> Index:
+        """Return the first entry of a tile."""
+        return step * self.block + tile * self.tile
+
+    def row(self, step: Index, tile: Index) -> Index:
+        """Return the first row that holds a tile."""
+        return step * (self.block // self.lanes) + tile * (self.tile // self.lanes)
+
+    def chunks(self, last: Index) -> Index:
+        """Return how many chunks hold all blocks up to the last."""
+        return cdiv((last + 1) * self.block, self.lanes * self.lanes)
+
+    def number(self, chunk: Index, row: Index, lane: Index) -> Index:
+        """Return the entry at a place of a chunk."""
+        return (chunk * self.lanes + row) * self.lanes + lane

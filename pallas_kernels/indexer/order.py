@@ -1,4 +1,4 @@
-"""The order of scores as integers, in which a threshold is found bit by bit."""
+"""The order of scores as integers, in which a threshold is found bit by bit, and their rounding."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def sortable(scores: Float[Array, "*s"]) -> Int[Array, "*s"]:
     """Map float32 to int32 of the same order; -0 and 0 become one."""
     bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(2**31 - 1), bits)
+
+
+def to_bfloat16(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Round to bfloat16, ties to even, but stay float32.
+
+    By integers: XLA may leave out a conversion to bfloat16 and back.
+    """
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    upper = (bits + 0x7FFF + (bits >> 16 & 1)) & ~0xFFFF
+    return jax.lax.bitcast_convert_type(upper, jnp.float32)
 
 
 def threshold(count: Callable[[Array], Array], topk: int, zeros: Int[Array, "*s"]) -> Array:

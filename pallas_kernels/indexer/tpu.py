@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.indexer.index import Steps
-from pallas_kernels.indexer.order import NONE, sortable, threshold
+from pallas_kernels.indexer.order import NONE, sortable, threshold, to_bfloat16
 from pallas_kernels.sparse_attention.index import first_block, last_block
 from pallas_kernels.sparse_attention.tpu_queries import column
 from pallas_kernels.target import TPU, target_platform
@@ -42,7 +42,8 @@ class Operands(NamedTuple):
 
 def select(
     queries: Float[Array, "b t i j"], head_weights: Float[Array, "b t i"],
-    keys: Float[Array, "b c j"], first: Int[Array, "b t"], end: Int[Array, "b t"], topk: int,
+    keys: Float[Array, "b c j"], first: Int[Array, "b t"], end: Int[Array, "b t"], topk: int, *,
+    rounded: bool = False,
 ) -> Int[Array, "b t w"]:
     """Return the choice of `reference.select` as `Bits` of the sparse attention's kernels."""
     x = _fitted(queries, head_weights, keys, first, end)
@@ -66,6 +67,7 @@ def select(
             )
             found = jnp.maximum(hits, 0.0) * weights[...]
             found = jnp.sum(found.reshape(QUERIES, heads, ENTRIES), axis=1)
+            found = to_bfloat16(found) if rounded else found
             entry = step * ENTRIES + _numbers(ENTRIES)
             seen = (entry >= numbers_ref[:, 0:1]) & (entry < numbers_ref[:, 1:2])
             order[:, pl.ds(step * ENTRIES, ENTRIES)] = jnp.where(seen, sortable(found), NONE)
