@@ -41,6 +41,8 @@ def select_stored(
 ) -> Int[Array, "b t l"]:
     """Compute `reference.select_stored`."""
     packed, entries = is_packed(stored), stored.shape[2]
+    # XLA lays bytes out with entries in lanes, and for the kernel in rows: of one layer alone.
+    stored = jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False)
     queries = pad_axes(even_first(queries) if packed else queries, {2: HEADS})
     b, t, heads, channels = queries.shape
     weights = pad_axes(head_weights.astype(jnp.float32), {2: HEADS}).reshape(b, 1, t * heads)
@@ -48,7 +50,7 @@ def select_stored(
     steps, kept = Steps(TILED.block, cdiv(entries, TILED.block)), cdiv(topk, LANES) * LANES
     rows = TILED.rows(steps.count)
 
-    def kernel(_, last_ref, q_ref, weights_ref, end_ref, keys_ref, out_ref, order, column_ref):
+    def kernel(last_ref, q_ref, weights_ref, end_ref, keys_ref, out_ref, order, column_ref):
         row, step = pl.program_id(0), pl.program_id(1)
 
         @pl.when(step == 0)
@@ -92,19 +94,19 @@ def select_stored(
     def of_row(b, s, *_):
         return b, 0, 0
 
-    def of_keys(b, s, layer, last):
-        return layer[0], b, steps.read(s, 0, last[b]), 0
+    def of_keys(b, s, last):
+        return b, steps.read(s, 0, last[b]), 0
 
     chosen = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(b, steps.count),
             in_specs=[
                 pl.BlockSpec((None, t, heads, channels), lambda b, s, *_: (b, 0, 0, 0)),
                 pl.BlockSpec((None, 1, t * heads), of_row),
                 pl.BlockSpec((None, t, 1), of_row),
-                pl.BlockSpec((None, None, TILED.block, stored.shape[3]), of_keys),
+                pl.BlockSpec((None, TILED.block, stored.shape[2]), of_keys),
             ],
             out_specs=pl.BlockSpec((None, t, kept), of_row),
             scratch_shapes=[
@@ -117,7 +119,7 @@ def select_stored(
         ),
         interpret=target_platform() != TPU,
         name="select_stored",
-    )(layer.reshape(1), last, queries, weights, end[..., None], stored)
+    )(last, queries, weights, end[..., None], stored)
     return chosen[..., :topk]
 
 
