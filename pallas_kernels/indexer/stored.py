@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.indexer import gpu_stored, reference, tpu_stored
 from pallas_kernels.indexer.keys import is_packed, stored_width
-from pallas_kernels.target import CPU, GPU, TPU, target_platform
+from pallas_kernels.target import GPU, TPU, target_platform
 
 KERNELS = {GPU: gpu_stored, TPU: tpu_stored}
 MOST_TOKENS = 16  # of a row: more are better served by `select`, on keys that are decoded once
@@ -47,8 +47,12 @@ def select_stored(
 def choose_for(
     queries: Float[Array, "b t i j"], stored: Array, implementation: str = AUTO
 ) -> str:
-    """Return "xla", "gpu" or "tpu"; "auto" takes a kernel where one takes the arrays."""
-    worthwhile = target_platform() != CPU and _fits(queries, stored, target_platform())
+    """Return "xla", "gpu" or "tpu"; "auto" takes that of a GPU where it takes the arrays.
+
+    XLA keeps a cache's entries on a TPU's lanes, so that its kernel begins with a copy of the layer
+    in another order, several times the bytes that the choice reads.
+    """
+    worthwhile = target_platform() == GPU and _fits(queries, stored, GPU)
     return choose("indexer", implementation, worthwhile=worthwhile)
 
 
