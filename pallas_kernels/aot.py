@@ -73,6 +73,7 @@ def compile_for(target: str, function: Callable, *arguments: jax.ShapeDtypeStruc
 
     Raises:
       jax.errors.JaxRuntimeError: the device's compiler refuses it, for want of memory say.
+      RuntimeError: the compiler's account lacks a kernel.
     """
     device = described_device(target)
     sharding = SingleDeviceSharding(device)
@@ -85,20 +86,26 @@ def compile_for(target: str, function: Callable, *arguments: jax.ShapeDtypeStruc
     written = _kernels(lowered.as_text())
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        lowered.compile(compiler_options={"xla_dump_to": folder} if target in GPUS else None)
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder} if target in GPUS else None
+        )
         seconds = time.perf_counter() - start
-        if target in GPUS:
-            return Compiled(seconds, _of(written, _gpu_reports(Path(folder))))
-    dumps = list(_tpu_dumps().iterdir())
-    reports = _tpu_reports(dumps)
-    for path in dumps:
-        path.unlink()
-    return Compiled(seconds, _of(written, reports))
+        reports = _gpu_reports(Path(folder)) if target in GPUS else _tpu_reports()
+    kernels = _of(written, reports)
+    if missing := _called(written, compiled.as_text()) - {kernel.name for kernel in kernels}:
+        raise RuntimeError(f"{target}: expected the compiler to tell of {', '.join(missing)}")
+    return Compiled(seconds, kernels)
 
 
 def _kernels(program: str) -> set[str]:
     """Return the names of a program's own kernels; compilers make others of what is around them."""
     return set(re.findall(r'\b(?:kernel_)?name = "(\w+)"', program))
+
+
+def _called(names: Collection[str], program: str) -> set[str]:
+    """Return which kernels a compiled program calls: those whose results it wants."""
+    calls = [line for line in program.splitlines() if "custom-call(" in line]
+    return {max(found, key=len) for call in calls if (found := [x for x in names if x in call])}
 
 
 def _of(names: Collection[str], reports: Collection[KernelReport]) -> tuple[KernelReport, ...]:
@@ -157,7 +164,9 @@ def _assemble(ptx: Path, architecture: str, name: str) -> str:
     return said[said.index(f"'{name}'") :]
 
 
-def _tpu_reports(dumps: Collection[Path]) -> tuple[KernelReport, ...]:
+def _tpu_reports() -> tuple[KernelReport, ...]:
+    """Read what the compiler has left, and remove it."""
+    dumps = list(_tpu_dumps().iterdir())
     # Names are a time, the kernel, a number and what was dumped.
     named = ((re.fullmatch(r"\d+-([a-z]\w*\.\d+)-\d+-(.*)", p.name), p) for p in dumps)
     files = {found.groups(): path for found, path in named if found}
@@ -173,6 +182,8 @@ def _tpu_reports(dumps: Collection[Path]) -> tuple[KernelReport, ...]:
         spills, bundles = _schedule(path.read_text())
         memory = sum(int(size, 16) for size in sizes)
         reports.append(KernelReport(kernel.partition(".")[0], memory, spills, None, bundles))
+    for path in dumps:
+        path.unlink()
     return tuple(reports)
 
 

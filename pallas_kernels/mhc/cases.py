@@ -41,7 +41,7 @@ def cases() -> Iterator[Case]:
             moved, moved_back = moved + reads * weights, moved_back + 2 * reads * weights
             yield Case(
                 "mhc", f"{model}: {name}", _forward(function, options), arguments,
-                TOKENS * flops, moved, covered=True,
+                TOKENS * flops, moved, covered=reads,
             )
             yield Case(
                 "mhc", f"{model}: {name}, gradient", _gradient(function, options),

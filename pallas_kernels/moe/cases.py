@@ -93,6 +93,6 @@ def _gradient(implementation: str):
         def loss(x, *others):
             return jnp.sum(_forward(implementation)(x, experts, *others).astype(jnp.float32))
 
-        return jax.grad(loss, argnums=tuple(range(5)))(x, *others)
+        return jax.value_and_grad(loss, argnums=tuple(range(5)))(x, *others)
 
     return gradient

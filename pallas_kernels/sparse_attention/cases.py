@@ -47,10 +47,10 @@ def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) ->
     arguments.append(jax.ShapeDtypeStruct((model.heads,), jnp.float32))
     numbers = [(1, tokens)] * (3 if entries else 1) + [(1, tokens, model.topk)] * (kind == CSA)
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
-    flops = 4 * model.heads * WIDTH * _pairs(model, kind, tokens) * (2.5 if backward else 1)
+    flops = 4 * model.heads * WIDTH * _pairs(model, kind, tokens) * (3.5 if backward else 1)
     own = 2 * tokens * model.heads * WIDTH * 2 * (2 if backward else 1)
     gathered = 2 * (tokens + entries) * WIDTH + 4 * tokens * model.topk * (kind == CSA)
-    direction = "backward" if backward else "forward"
+    direction = "forward and backward" if backward else "forward"
     return Case(
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
