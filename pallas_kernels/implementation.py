@@ -7,7 +7,10 @@ from pallas_kernels.target import GPU, TPU, is_supported, target_platform
 AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
 # That models and their training can run by kernels.
-OPERATIONS = ("compressor", "cross_entropy", "indexer", "moe", "newton_schulz", "sparse_attention")
+OPERATIONS = (
+    "compressor", "cross_entropy", "index_loss", "indexer", "moe", "newton_schulz",
+    "sparse_attention",
+)
 
 
 def choose(operation: str, implementation: str, *, worthwhile: bool = True) -> str:

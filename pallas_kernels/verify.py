@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pallas_kernels.compressor import claims as compressor
 from pallas_kernels.cross_entropy import claims as cross_entropy
+from pallas_kernels.index_loss import claims as index_loss
 from pallas_kernels.indexer import claims as indexer
 from pallas_kernels.mhc import claims as mhc
 from pallas_kernels.moe import claims as moe
@@ -14,7 +15,9 @@ from pallas_kernels.newton_schulz import claims as newton_schulz
 from pallas_kernels.prove import Proof, Verdict
 from pallas_kernels.sparse_attention import claims as sparse_attention
 
-CLAIMS = (compressor, cross_entropy, indexer, mhc, moe, newton_schulz, sparse_attention)
+CLAIMS = (
+    compressor, cross_entropy, index_loss, indexer, mhc, moe, newton_schulz, sparse_attention,
+)
 
 
 def all_proofs() -> Iterator[Proof]:

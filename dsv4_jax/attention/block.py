@@ -127,11 +127,9 @@ class Attention(nn.Module):
         sparse = self.runtime.csa == "sparse"
         common = dict(layout=places.layout, segment_ids=places.segment_ids)
         if by_kernel.takes_over(q, self.runtime, self.kind):
-            out = by_kernel.attend(
-                q, kv, entries, sink, index if sparse else None, config=c, runtime=self.runtime,
-                **common,
+            return by_kernel.attend(
+                q, kv, entries, sink, index, config=c, runtime=self.runtime, **common
             )
-            return out, None
         common["window"] = c.sliding_window
         if self.kind == WINDOW:
             return attend_window(

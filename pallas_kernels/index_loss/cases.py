@@ -1,0 +1,99 @@
+"""What the indexers of the released models learn from, in CSA layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.case import Case
+from pallas_kernels.index_loss import index_loss
+from pallas_kernels.sparse_attention.cases import MODELS, WIDTH
+from pallas_kernels.sparse_attention.seen import Seen
+
+INDEX_HEADS, INDEX_WIDTH, RATIO = 64, 128, 4
+TOKENS = (4096, 65536)
+ARRAYS = 6  # arguments that are not numbers of entries
+
+
+def cases() -> Iterator[Case]:
+    """Yield chosen entries and the range of the warm-up, forward and backward."""
+    for model in MODELS:
+        for sparse in (True, False):
+            for backward in (False, True):
+                yield _case(model, TOKENS[0], sparse=sparse, backward=backward)
+        yield _case(model, TOKENS[1], sparse=True, backward=True)
+
+
+def _case(name: str, tokens: int, *, sparse: bool, backward: bool) -> Case:
+    (heads, topk), entries = MODELS[name], tokens // RATIO
+    shapes = (
+        (tokens, heads, WIDTH), (entries, WIDTH), (tokens, heads),
+        (tokens, INDEX_HEADS, INDEX_WIDTH), (tokens, INDEX_HEADS), (entries, INDEX_WIDTH),
+    )
+    float32 = 2, 4  # log_total and head weights
+    arguments = [
+        jax.ShapeDtypeStruct((1, *shape), jnp.float32 if i in float32 else jnp.bfloat16)
+        for i, shape in enumerate(shapes)
+    ]
+    numbers = [(1, tokens), (1, tokens), (1, tokens, topk)]
+    arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
+    pairs = sum(min(t // RATIO, topk if sparse else t) for t in range(1, tokens + 1))
+    index = 2 * INDEX_HEADS * INDEX_WIDTH * (5 if backward else 1)
+    flops = pairs * (2 * heads * WIDTH + index)
+    moved = sum(x.size * x.dtype.itemsize for x in arguments)
+    learned = sum(x.size * x.dtype.itemsize for x in arguments[3:ARRAYS])
+    return Case(
+        "index_loss", f"{name}: {'chosen' if sparse else 'range'}, {tokens:,} tokens, "
+        f"{'backward' if backward else 'forward'}",
+        _backward(sparse) if backward else _forward(sparse), tuple(arguments), flops,
+        moved + 2 * learned * backward, covered=not backward, special=_numbers(tokens, heads, topk),
+    )
+
+
+def _numbers(tokens: int, heads: int, topk: int) -> Callable:
+    """Make a row of one document, of whose complete entries random ones are chosen."""
+
+    def make(rng: np.random.Generator) -> dict[int, np.ndarray]:
+        end = np.arange(1, tokens + 1) // RATIO
+        picks = np.full((tokens, topk), -1)
+        for query, count in enumerate(end):
+            found = np.sort(rng.choice(count, min(count, topk), replace=False))
+            picks[query, : found.size] = found
+        # What makes probabilities sum to about 1: logits are normal numbers.
+        log_total = 0.5 + np.log(np.maximum(end, 1))
+        return {
+            2: np.broadcast_to(log_total, (1, heads, tokens)).swapaxes(1, 2),
+            ARRAYS: np.zeros((1, tokens)), ARRAYS + 1: end[None], ARRAYS + 2: picks[None],
+        }
+
+    return make
+
+
+def _forward(sparse: bool) -> Callable:
+    def run(implementation: str):
+        def loss(*arguments):
+            arrays, (first, end, chosen) = arguments[:ARRAYS], arguments[ARRAYS:]
+            seen, choice = Seen(first, first, end), Seen(first, first, end, chosen)
+            given = (choice, None) if sparse else (seen, choice)
+            return index_loss(*arrays, *given, implementation)
+
+        return loss
+
+    return run
+
+
+def _backward(sparse: bool) -> Callable:
+    def run(implementation: str):
+        def gradient(*arguments):
+            loss, numbers = _forward(sparse)(implementation), arguments[ARRAYS:]
+            (divergence, _), pull_back = jax.vjp(
+                lambda *learner: loss(*arguments[:3], *learner, *numbers), *arguments[3:ARRAYS]
+            )
+            return pull_back((jnp.ones_like(divergence), jnp.zeros_like(divergence)))
+
+        return gradient
+
+    return run

@@ -1,0 +1,67 @@
+"""What is proved of the entries that programs of the indexer's loss read.
+
+What TPUs read, and the ranges of queries, are those of sparse attention and of the indexer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pallas_kernels.index_loss import gpu_keys
+from pallas_kernels.index_loss.index import Slots
+from pallas_kernels.prove import Proof
+from pallas_kernels.sparse_attention.index import Bits, Entries
+
+OPERATION = "index_loss"
+TOKENS = 2**20  # in a row, at most
+TILES = (16, 32)  # of entries, for a query
+
+
+def proofs(slots: type[Slots] = Slots, entries: type[Entries] = Entries) -> Iterator[Proof]:
+    """Yield what is to be proved, of the index functions of these kinds."""
+    yield _slots(slots, gpu_keys.TILES.entries)
+    for tile in TILES:
+        yield _range(entries, tile)
+
+
+def _slots(kind: type[Slots], size: int) -> Proof:
+    proof = Proof(OPERATION, f"GPU, slots of tiles of {size}")
+    chosen = proof.integer("chosen", 1, TOKENS)
+    see = kind(size, chosen)
+    tile = proof.integer("tile", 0, TOKENS // size - 1)
+    first = proof.integer("first", 0, chosen)
+    place = proof.integer("place", 0, size - 1)
+    read = see.slot(first, place)
+    proof.state("slots that are read exist", (read >= 0) & (read < chosen))
+    slot, entry = proof.integer("slot", 0, chosen - 1), proof.integer("entry", -1, TOKENS - 1)
+    start = tile * size
+    # What the binary search returns, with -1 behind all: entries ascend, no two are the same.
+    proof.assume((slot < first).implies((entry >= 0) & (entry < start)))
+    proof.assume((slot >= first).implies((entry < 0) | (entry >= start + slot - first)))
+    of_tile = (entry >= start) & (entry < start + size)
+    proof.state("a slot of the tile is read", of_tile.implies(
+        (slot >= first) & (slot - first < size) & (see.slot(first, slot - first) == slot)
+        & see.own(tile, first, slot - first, entry)
+    ))
+    own = see.own(tile, first, place, entry)
+    proof.state("and what is taken is of the tile", own.implies(of_tile))
+    proof.state("from no slot twice", (own & (read == slot)).implies(place == slot - first))
+    return proof
+
+
+def _range(kind: type[Entries], tile: int) -> Proof:
+    proof = Proof(OPERATION, f"GPU, range of entries, tiles of {tile}")
+    count = proof.integer("entries", 1, TOKENS)
+    first = proof.integer("first", 0, count)
+    end = proof.integer("end", first, count)
+    see, bits = kind(tile), Bits(count)
+    i = proof.integer("tile", 0, see.tiles(first, end) - 1)
+    entry = see.entry(first, i, proof.integer("place", 0, tile - 1))
+    row = see.row(entry, end)
+    word = bits.word(row)
+    proof.state("rows exist", (row >= 0) & (row < count))
+    proof.state("words exist", (word >= 0) & (word < bits.words))
+    proof.state("what is seen is the entry that is read, and of the range", see.sees(
+        end, entry
+    ).implies((row == entry) & (entry >= first) & (entry < end)))
+    return proof
