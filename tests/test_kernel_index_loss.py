@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_jit
 
 from pallas_kernels.index_loss import claims, index_loss
 from pallas_kernels.index_loss.index import Slots
@@ -24,8 +28,7 @@ SHAPES = {
     "one": (1, 1, 1, 16, 1, 8, 1, 4), "small": (2, 21, 3, 16, 5, 8, 70, 12),
     "blocks": (1, 40, 80, 24, 3, 16, 1200, 40),
 }
-SLOW = [name if name == "small" else pytest.param(name, marks=pytest.mark.heavy)
-        for name in SHAPES]
+QUICK = [("small", CHOSEN), ("small", WARM_UP)]
 
 
 def operands(shape, dtype="float32"):
@@ -100,15 +103,22 @@ def close(actual, wanted, tolerance):
     return np.abs(actual - wanted).max() <= tolerance * max(np.abs(wanted).max(), 1e-3)
 
 
-def found_by(kernel, arrays, given):
+def differentiated(kernel, arrays, given):
+    """Return the result, and the gradients of the divergence for the same slopes."""
     out, pull_back = jax.vjp(lambda *arrays: index_loss(*arrays, *given, kernel), *arrays)
     slope = jnp.asarray(slopes(out[0].shape))
     return out, pull_back((slope, jnp.ones_like(slope)))
 
 
-@pytest.mark.parametrize("kernel", ("xla", *KERNELS))
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SLOW)
+def found_by(kernel, arrays, given):
+    return quick_jit(functools.partial(differentiated, kernel))(arrays, given)
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [x if x in QUICK else pytest.param(*x, marks=pytest.mark.heavy)
+     for x in itertools.product(SHAPES, FORMS)],
+)
 def test_values_and_gradients_are_those_of_the_definition(shape, form, kernel):
     arrays, seen, choice = operands(SHAPES[shape])
     given = attended(form, seen, choice)
@@ -122,10 +132,9 @@ def test_values_and_gradients_are_those_of_the_definition(shape, form, kernel):
         assert close(actual, wanted, ROUNDING)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
-    "form", (CHOSEN, pytest.param(WARM_UP, marks=pytest.mark.heavy))
-)
+@pytest.mark.parametrize("form", (CHOSEN, WARM_UP))
 def test_bfloat16_is_summed_in_float32(form, kernel):
     arrays, seen, choice = operands(SHAPES["small"], "bfloat16")
     given = attended(form, seen, choice)
@@ -138,6 +147,7 @@ def test_bfloat16_is_summed_in_float32(form, kernel):
         assert close(actual, wanted, BFLOAT16)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_an_indexer_that_has_learned_all_has_a_loss_of_nothing(kernel):
     """Of one head, index scores can be the attention's logits: large terms cancel."""
@@ -151,6 +161,7 @@ def test_an_indexer_that_has_learned_all_has_a_loss_of_nothing(kernel):
     assert np.abs(grad).max() < ROUNDING * np.abs(entries).max()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kernel", ("xla", *KERNELS))
 def test_where_nothing_is_attended_to_there_is_nothing_to_learn(kernel):
     arrays, seen, _ = operands(SHAPES["small"])
@@ -183,7 +194,7 @@ def test_no_array_has_all_tokens_and_entries(sparse, kernel):
         seen = Seen(first, first, end)
         choice = seen._replace(chosen=picks)
         given = (choice, None) if sparse else (seen, choice)
-        return found_by(kernel, arguments[:6], given)
+        return differentiated(kernel, arguments[:6], given)
 
     program = jax.make_jaxpr(run)(*arrays, *numbers)
     sizes = {v.aval.size for e in program.jaxpr.eqns for v in e.outvars}

@@ -1,10 +1,9 @@
-"""A model with kernels is the model without: logits and gradients of every parameter."""
+"""A model with kernels is the model without: logits, lessons, gradients of every parameter."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -35,38 +34,53 @@ SEGMENTS = np.array([[1] * 19 + [2] * 13, [1] * 5 + [2] * 24 + [0] * 3], np.int3
 
 
 @functools.cache
-def logits_and_gradients(kernels: str, csa: str, indexer: str = "plain", keys: str = "plain"):
+def outcome(
+    kernels: str, csa: str, indexer: str = "plain", keys: str = "plain", learns: bool = False
+):
+    """Return logits, what a learning indexer is told, and gradients by name."""
     params = init_params(CONFIG, jax.random.key(0))
-    model = Transformer(CONFIG, Runtime(kernels=kernels, csa=csa, indexer=indexer, keys=keys))
+    runtime = Runtime(kernels=kernels, csa=csa, indexer=indexer, keys=keys, index_learns=learns)
+    model = Transformer(CONFIG, runtime)
 
     def run(params):
-        logits = model.apply({"params": params}, TOKENS, SEGMENTS)
-        logits = jnp.where(SEGMENTS[..., None] > 0, logits, 0)
-        return jnp.sum(jnp.sin(logits)), logits
+        features = model.apply({"params": params}, TOKENS, SEGMENTS, method="features")
+        logits = jnp.where(SEGMENTS[..., None] > 0, features.logits, 0)
+        lessons = [x.lesson for x in features.layers.values() if x.lesson is not None]
+        learned = sum(jnp.sum(lesson.divergence) for lesson in lessons)
+        return jnp.sum(jnp.sin(logits)) + learned, (logits, lessons)
 
-    (_, logits), gradients = quick_jit(
+    (_, (logits, lessons)), gradients = quick_jit(
         jax.value_and_grad(run, has_aux=True, allow_int=True)
     )(params)
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     floats = {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves
               if jnp.issubdtype(x.dtype, jnp.floating)}
-    return np.asarray(logits), floats
+    return np.asarray(logits), lessons, floats
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("kernel", ("gpu", "tpu"))
 @pytest.mark.parametrize(
-    "kernels, csa",
-    [*itertools.product(
-        ("xla,sparse_attention=gpu", "xla,sparse_attention=gpu,indexer=gpu",
-         "xla,sparse_attention=tpu", "xla,sparse_attention=tpu,indexer=tpu"),
-        ("sparse", "dense"),
-    ), ("xla,moe=gpu", "sparse"), ("xla,moe=tpu", "sparse"), ("xla,compressor=gpu", "sparse"),
-        ("xla,compressor=tpu", "sparse")],
+    "kernels, csa, learns",
+    [
+        ("sparse_attention", "sparse", False), ("sparse_attention", "dense", False),
+        ("sparse_attention,index_loss", "sparse", True),
+        ("sparse_attention,index_loss,indexer", "sparse", True),
+        ("sparse_attention,index_loss,indexer", "dense", True),
+        ("sparse_attention,indexer", "sparse", False),
+        ("moe", "sparse", False), ("compressor", "sparse", False),
+    ],
 )
-def test_logits_and_gradients_are_those_of_plain_jax(kernels, csa):
-    logits, gradients = logits_and_gradients(kernels, csa)
-    wanted, wanted_gradients = logits_and_gradients("xla", csa)
+def test_logits_lessons_and_gradients_are_those_of_plain_jax(kernels, csa, learns, kernel):
+    chosen = ",".join(["xla", *(f"{name}={kernel}" for name in kernels.split(","))])
+    logits, lessons, gradients = outcome(chosen, csa, learns=learns)
+    wanted, wanted_lessons, wanted_gradients = outcome("xla", csa, learns=learns)
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
+    assert len(lessons) == len(wanted_lessons) == learns
+    for lesson, value in zip(lessons, wanted_lessons, strict=True):
+        np.testing.assert_allclose(lesson, value, rtol=ROUNDING)
+        assert (np.sum(value.choices) > 0) == (csa == "dense")  # recall counts
+        assert np.sum(value.divergence) > 0
     largest = max(np.abs(x).max() for x in wanted_gradients.values())
     for name, value in wanted_gradients.items():
         limit = ROUNDING * np.abs(value).max() + NOTHING * largest
@@ -77,16 +91,16 @@ def test_logits_and_gradients_are_those_of_plain_jax(kernels, csa):
 @pytest.mark.parametrize("kernel", ("gpu", "tpu"))
 def test_scores_that_are_rounded_as_served_choose_the_same_entries(kernel):
     kernels = f"xla,sparse_attention={kernel},indexer={kernel}"
-    logits, _ = logits_and_gradients(kernels, "sparse", "fp4")
-    wanted, _ = logits_and_gradients("xla", "sparse", "fp4")
+    logits, *_ = outcome(kernels, "sparse", "fp4")
+    wanted, *_ = outcome("xla", "sparse", "fp4")
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("compressor", ("gpu", "tpu"))
 def test_entries_are_rounded_as_served(compressor):
-    logits, gradients = logits_and_gradients(f"xla,compressor={compressor}", "dense", keys="fp8")
-    wanted, wanted_gradients = logits_and_gradients("xla", "dense", keys="fp8")
+    logits, _, gradients = outcome(f"xla,compressor={compressor}", "dense", keys="fp8")
+    wanted, _, wanted_gradients = outcome("xla", "dense", keys="fp8")
     # A value within ROUNDING of the middle between two codes may go either way.
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=FP8_STEP * np.abs(wanted).max())
     for name, value in wanted_gradients.items():
@@ -148,5 +162,8 @@ def test_kernels_run_where_they_are_asked_for():
     assert primitives(kernels="xla,compressor=tpu").count("name=compress") == 3  # two of CSA
     assert primitives(kernels="gpu").count("name=select") == 1
     assert primitives(kernels="tpu").count("name=expert_output") == 3
-    learning = primitives(kernels="xla,sparse_attention=gpu", index_learns=True)
-    assert learning.count("name=attend") == 2  # window and HCA
+    learning = primitives(kernels="xla,sparse_attention=gpu,index_loss=gpu", index_learns=True)
+    assert learning.count("name=attend") == 3 and learning.count("name=index_sums") == 1
+    # Without a kernel for what is learned, plain JAX does the attention, too.
+    plain = primitives(kernels="xla,sparse_attention=gpu", index_learns=True)
+    assert plain.count("name=attend") == 2 and "name=index_sums" not in plain

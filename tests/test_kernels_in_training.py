@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from compiling import quick_jit
@@ -48,7 +49,11 @@ def losses(kernels: str) -> np.ndarray:
         CONFIG, runtime=dataclasses.replace(CONFIG.runtime, kernels=kernels)
     )
     state = init_state(config)
-    step = quick_jit(make_train_step(config, config.stages[0]))
+    step = make_train_step(config, config.stages[0])
+    program = str(jax.make_jaxpr(step)(state, BATCH))
+    for kernel in ("attend", "index_sums", "index_key_gradient"):
+        assert (f"name={kernel}" in program) == (kernels != "xla")
+    step = quick_jit(step)
     values = []
     for _ in range(STEPS):
         state, metrics = step(state, BATCH)
