@@ -114,6 +114,7 @@ def found_by(kernel, arrays, given):
     return quick_jit(functools.partial(differentiated, kernel))(arrays, given)
 
 
+@pytest.mark.parametrize("kernel", ("xla", *KERNELS))
 @pytest.mark.parametrize(
     ("shape", "form"),
     [x if x in QUICK else pytest.param(*x, marks=pytest.mark.heavy)
