@@ -23,7 +23,7 @@ from pallas_kernels.mhc import (
 )
 from pallas_kernels.mhc.index import Blocks, Groups
 
-pytestmark = pytest.mark.heavy  # models do not use these kernels yet
+pytestmark = pytest.mark.heavy  # a minute of compiling
 
 KERNELS = ("gpu", "tpu")
 GATING = {"rms_eps": 1e-6, "hc_eps": 1e-6, "iterations": 20}

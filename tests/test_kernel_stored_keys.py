@@ -16,6 +16,8 @@ from pallas_kernels.indexer import claims, gpu, gpu_stored, keys, select_stored,
 from pallas_kernels.indexer.index import Merge, Packed, Tiled
 from pallas_kernels.sparse_attention.index import Split
 
+pytestmark = pytest.mark.heavy  # a minute of compiling
+
 KERNELS = ("gpu", "tpu")
 LAYER = 1
 # Rows, tokens, heads, channels, entries, best, and what each query sees: nothing, fewer than are
@@ -66,11 +68,8 @@ def existing(numbers) -> list[list[int]]:
     return [sorted(x[x >= 0].tolist()) for x in np.asarray(numbers).reshape(-1, numbers.shape[2])]
 
 
-HEAVY = pytest.param("float32", marks=pytest.mark.heavy)
-
-
 @pytest.mark.parametrize("kernel", ("xla", *KERNELS))
-@pytest.mark.parametrize("form", ("served", HEAVY))
+@pytest.mark.parametrize("form", ("served", "float32"))
 @pytest.mark.parametrize(("shape", "ends"), SHAPES, ids=str)
 def test_the_choice_is_exact_and_ties_go_to_the_lowest_number(shape, ends, form, kernel):
     arrays = cache_and_queries(shape, form)
@@ -103,7 +102,6 @@ def test_what_lies_beyond_the_end_is_of_no_account(kernel):
     np.testing.assert_array_equal(choose(stored, 5000), choose(stored, 150))
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("form", ("served", "bfloat16"))
 def test_the_choice_is_that_of_the_model(form, kernel):
