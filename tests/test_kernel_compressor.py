@@ -29,7 +29,10 @@ ANGLES = 4
 
 # Ratio, series, width, tokens: of both kinds; a last block that is not full; one block only; widths
 # that are no powers of two, of several registers too; several steps of a TPU's grid.
-SHAPES = [(4, 2, 16, 23), (8, 1, 16, 40), (4, 2, 32, 4), (128, 1, 64, 300), (6, 2, 144, 63), (4, 2, 16, 1100), (16, 1, 40, 4000)]
+SHAPES = [
+    (4, 2, 16, 23), (8, 1, 16, 40), (4, 2, 32, 4), (128, 1, 64, 300), (6, 2, 144, 63),
+    (4, 2, 16, 1100), (16, 1, 40, 4000),
+]
 
 # Documents with no whole block, with trailing tokens, and padding between and after them.
 SEGMENTS = np.array([
