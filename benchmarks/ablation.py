@@ -182,13 +182,13 @@ def composite_gain(config: RunConfig, params: dict, batch: dict) -> float:
     That is the largest sum of magnitudes in a row or a column of their product, over tokens; of
     doubly stochastic matrices it is 1.
     """
-    found, plain = [], block.expand
+    found, plain = [], mhc.expand
 
     def expand(streams, y, post, comb):
         jax.debug.callback(lambda x: found.append(np.asarray(x, np.float64)), comb, ordered=True)
         return plain(streams, y, post, comb)
 
-    block.expand = expand
+    mhc.expand = expand
     try:
         inputs = {key: batch[key][:1] for key in MODEL_INPUTS}
         apply = model.Transformer(config.model, config.runtime).apply
@@ -197,12 +197,12 @@ def composite_gain(config: RunConfig, params: dict, batch: dict) -> float:
         )
         jax.effects_barrier()
     finally:
-        block.expand = plain
+        mhc.expand = plain
     product = functools.reduce(lambda a, b: np.einsum("nkbt,kmbt->nmbt", a, b), found)
     return float(max(np.abs(product).sum(axis).max() for axis in (0, 1)))
 
 
-class UnconstrainedMix(mhc.StreamMix):
+class UnconstrainedMix(nn.Module):
     """Hyper-connections as first published: gates of tanh, a mixing matrix of any sums.
 
     Each stream, normalised by itself, moves its own gates. Their static parts are kept as
@@ -211,8 +211,13 @@ class UnconstrainedMix(mhc.StreamMix):
     Source: Zhu et al., arXiv:2409.19606.
     """
 
+    config: object
+    runtime: object
+    own_stream: int
+
     @nn.compact
-    def __call__(self, streams):
+    def __call__(self, residual):
+        streams = mhc.finish(residual, self.config, self.runtime)
         c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
         zeros = nn.initializers.zeros
         fn_pre = param(self, "fn_pre", "width -> gate", (d, 1), zeros)
@@ -222,16 +227,17 @@ class UnconstrainedMix(mhc.StreamMix):
         base_post = param(self, "base_post", "mix", (n,), zeros)
         base_comb = param(self, "base_comb", "mix mix_in", (n, n), zeros)
         scale = param(self, "scale", "gate", (2,), constant(c.hc_gate_init))
-        streams = streams.astype(jnp.float32)
-        squares = jnp.mean(streams * streams, axis=-1, keepdims=True)
-        normed = streams * jax.lax.rsqrt(squares + c.rms_norm_eps)
+        wide = streams.astype(jnp.float32)
+        squares = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(squares + c.rms_norm_eps)
         fn = jnp.concatenate([fn_pre, fn_post, fn_comb], axis=-1)
         moves = jnp.tanh(jnp.einsum("btnd,dx->xnbt", normed, fn))
         own = jnp.arange(n) == self.own_stream % n
         pre = (own + base_pre)[:, None, None] + scale[0] * moves[0]
         post = (1 + base_post)[:, None, None] + scale[1] * moves[1]
         comb = (jnp.eye(n) + base_comb)[:, :, None, None]
-        return pre, post, comb + scale[0] * jnp.swapaxes(moves[2:], 0, 1)
+        comb = comb + scale[0] * jnp.swapaxes(moves[2:], 0, 1)
+        return streams, mhc.collapse(streams, pre), post, comb
 
 
 class SumHead(nn.Module):
@@ -251,9 +257,10 @@ class PlainMix(nn.Module):
     runtime: object
     own_stream: int
 
-    def __call__(self, streams):
+    def __call__(self, residual):
+        streams = mhc.finish(residual, self.config, self.runtime)
         ones = jnp.ones((1, *streams.shape[:2]))
-        return ones, ones, ones[None]
+        return streams, streams[:, :, 0], ones, ones[None]
 
 
 @contextlib.contextmanager

@@ -12,10 +12,10 @@ from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
-from dsv4_jax.mhc import StreamMix, collapse, expand, sinkhorn_error
+from dsv4_jax.mhc import Residual, StreamMix, Write, sinkhorn_error
 from dsv4_jax.moe import MoE
 from dsv4_jax.params import param
-from dsv4_jax.shapes import Array, Bool, Int, Streams, Tokens
+from dsv4_jax.shapes import Array, Bool, Int, Tokens
 
 
 class Batch(NamedTuple):
@@ -41,30 +41,30 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, batch: Batch, cache: StackedCache | None = None
-    ) -> tuple[Streams, LayerStats, LayerCache | None]:
+        self, residual: Residual, batch: Batch, cache: StackedCache | None = None
+    ) -> tuple[Residual, LayerStats, LayerCache | None]:
         """Return the streams, the layer's statistics and, with a cache, its stack updated."""
         c, eps = self.config, self.config.rms_norm_eps
-        width, ones = (streams.shape[-1],), nn.initializers.ones
+        width, ones = (c.hidden_size,), nn.initializers.ones
 
-        pre, post, comb = StreamMix(c, self.runtime, 2 * self.layer, name="attention_mix")(streams)
+        mix = StreamMix(c, self.runtime, 2 * self.layer, name="attention_mix")
+        streams, x, post, comb = mix(residual)
         norm = param(self, "attention_norm", "width", width, ones)
         attention = Attention(c, self.runtime, self.attention_kind, name="attention")
-        x = rms_norm(collapse(streams, pre), norm, eps=eps)
+        x = rms_norm(x, norm, eps=eps)
         y, lesson, kept = attention(x, batch.places[self.attention_kind], cache)
-        streams = expand(streams, y, post, comb)
-        error = sinkhorn_error(comb)
+        residual, error = Residual(streams, Write(y, post, comb)), sinkhorn_error(comb)
 
-        pre, post, comb = StreamMix(
-            c, self.runtime, 2 * self.layer + 1, name="moe_mix"
-        )(streams)
+        mix = StreamMix(c, self.runtime, 2 * self.layer + 1, name="moe_mix")
+        streams, x, post, comb = mix(residual)
         norm = param(self, "moe_norm", "width", width, ones)
         moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
-        x = rms_norm(collapse(streams, pre), norm, eps=eps)
+        x = rms_norm(x, norm, eps=eps)
         y, experts, load, balance_loss = moe(x, batch.tokens, batch.valid, batch.experts)
-        error = jnp.maximum(error, sinkhorn_error(comb))
-        stats = LayerStats(experts, load, balance_loss, error, lesson)
-        return expand(streams, y, post, comb), stats, kept
+        residual, error = (
+            Residual(streams, Write(y, post, comb)), jnp.maximum(error, sinkhorn_error(comb))
+        )
+        return residual, LayerStats(experts, load, balance_loss, error, lesson), kept
 
 
 def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:

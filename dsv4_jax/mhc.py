@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.layers import project
 from dsv4_jax.params import Init, constant, param
 from dsv4_jax.shapes import Array, Float, Hidden, Streams
+from pallas_kernels import mhc as kernels
+from pallas_kernels.implementation import XLA
 
 # Initial offsets of the static gates. A sublayer starts out reading and writing mostly one
 # stream, its own; the next sublayer takes the next stream. That breaks the symmetry of the
@@ -144,32 +147,118 @@ def diagonal_init(key, shape, dtype):
     return jnp.broadcast_to(COMB_DIAGONAL * jnp.eye(shape[-1]), shape).astype(dtype)
 
 
+class Write(NamedTuple):
+    """What a sublayer has returned, and how it goes to the streams: see `expand`."""
+
+    y: Hidden
+    post: Float[Array, "n b t"]
+    comb: Float[Array, "n m b t"]
+
+
+class Residual(NamedTuple):
+    """The streams, and what the next sublayer is to write to them before it reads.
+
+    A sublayer leaves its own write to the next one: a kernel does both and touches the streams
+    once. Where kernels run, streams are side by side, [b, t, n d]: a TPU would copy others.
+    """
+
+    streams: Streams | Float[Array, "b t columns"]
+    pending: Write | None = None
+
+
+def start(streams: Streams, config: ModelConfig, runtime: Runtime) -> Residual:
+    """Begin with streams to which nothing is to be written."""
+    if _implementation(streams, config, runtime) != XLA:
+        streams = streams.reshape(*streams.shape[:2], -1)
+    return Residual(streams)
+
+
+def with_pending(residual: Residual, config: ModelConfig) -> Residual:
+    """Have a write pending, one that changes nothing if there was none: a scan's carry has one."""
+    if residual.pending is not None:
+        return residual
+    (b, t), n = residual.streams.shape[:2], config.hc_mult
+    y = jnp.zeros((b, t, config.hidden_size), residual.streams.dtype)
+    comb = jnp.broadcast_to(jnp.eye(n)[:, :, None, None], (n, n, b, t))
+    return residual._replace(pending=Write(y, jnp.zeros((n, b, t)), comb))
+
+
+def finish(residual: Residual, config: ModelConfig, runtime: Runtime) -> Streams:
+    """Write what is pending and return the streams."""
+    streams, pending = residual
+    if pending is not None:
+        chosen = _implementation(streams, config, runtime)
+        if chosen == XLA:
+            return expand(streams, *pending)
+        streams = kernels.write_streams(streams, *pending, implementation=chosen)
+    return streams.reshape(*streams.shape[:2], config.hc_mult, config.hidden_size)
+
+
+def _implementation(streams: Array, config: ModelConfig, runtime: Runtime) -> str:
+    """Return what mixes the streams, in all layers alike.
+
+    Whether a kernel pays depends on the number of tokens, which must not change a row's bits where
+    these are to be the same in any batch.
+    """
+    return kernels.choose_for(
+        streams, config.hc_mult, runtime.implementation("mhc"),
+        worthwhile=not runtime.batch_invariant,
+    )
+
+
 class StreamMix(nn.Module):
-    """The three gates of one sublayer: what it reads, what it writes, how streams mix."""
+    """What one sublayer reads, by gates of its own, which also say how it will write."""
 
     config: ModelConfig
     runtime: Runtime
     own_stream: int  # the stream this sublayer mostly uses at initialisation
 
-    @nn.compact
-    def __call__(self, streams: Streams) -> tuple[Array, Array, Array]:
+    def __call__(self, residual: Residual) -> tuple[Array, Hidden, Array, Array]:
+        """Write what is pending, then read.
+
+        Returns:
+          The streams, what is read of them, and post and comb for the sublayer's own write.
+        """
+        c = self.config
+        chosen = _implementation(residual.streams, c, self.runtime)
+        if chosen == XLA:
+            streams = finish(residual, c, self.runtime)
+            pre, post, comb = self.gates(streams)
+            return streams, collapse(streams, pre), post, comb
+        options = {
+            "rms_eps": c.rms_norm_eps, "hc_eps": c.hc_eps, "iterations": c.hc_sinkhorn_iters,
+            "implementation": chosen,
+        }
+        streams, pending = residual
+        if pending is None:
+            return streams, *kernels.read_streams(streams, *self.weights(), **options)
+        return kernels.write_and_read(streams, *pending, *self.weights(), **options)
+
+    def gates(self, streams: Streams) -> tuple[Array, Array, Array]:
         """Return pre [n, b, t], post [n, b, t] and comb [n, m, b, t], float32."""
-        c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
+        c, n = self.config, self.config.hc_mult
+        fn, scale, base = self.weights()
+        base = base[:, None, None]
+        logits = mix_logits(streams, fn, c.rms_norm_eps, self.runtime)
+        pre = jax.nn.sigmoid(logits[:n] * scale[0] + base[:n]) + c.hc_eps
+        post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base[n : 2 * n])
+        comb = logits[2 * n :] * scale[2] + base[2 * n :]
+        comb = jax.nn.softmax(comb.reshape(n, n, *logits.shape[1:]), axis=1) + c.hc_eps
+        return pre, post, sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
+
+    @nn.compact
+    def weights(self) -> tuple[Float[Array, "d n x"], Float[Array, " 3"], Float[Array, " x"]]:
+        """Return fn, scale and base: those of pre, of post and, row by row, of comb."""
+        d, n = self.config.hidden_size, self.config.hc_mult
         fn_pre = param(self, "fn_pre", "width streams -> mix", (d, n, n))
         fn_post = param(self, "fn_post", "width streams -> mix", (d, n, n))
         fn_comb = param(self, "fn_comb", "width streams -> mix mix_in", (d, n, n, n))
         base_pre = param(self, "base_pre", "mix", (n,), own_stream_init(self.own_stream % n))
         base_post = param(self, "base_post", "mix", (n,), own_stream_init(self.own_stream % n))
         base_comb = param(self, "base_comb", "mix mix_in", (n, n), diagonal_init)
-        scale = param(self, "scale", "gate", (3,), constant(c.hc_gate_init))
-
+        scale = param(self, "scale", "gate", (3,), constant(self.config.hc_gate_init))
         fn = jnp.concatenate([fn_pre, fn_post, fn_comb.reshape(d, n, n * n)], axis=-1)
-        logits = mix_logits(streams, fn, c.rms_norm_eps, self.runtime)
-        pre = jax.nn.sigmoid(logits[:n] * scale[0] + base_pre[:, None, None]) + c.hc_eps
-        post = 2 * jax.nn.sigmoid(logits[n : 2 * n] * scale[1] + base_post[:, None, None])
-        comb = logits[2 * n :].reshape(n, n, *logits.shape[1:])
-        comb = jax.nn.softmax(comb * scale[2] + base_comb[:, :, None, None], axis=1) + c.hc_eps
-        return pre, post, sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
+        return fn, scale, jnp.concatenate([base_pre, base_post, base_comb.reshape(-1)])
 
 
 class StreamHead(nn.Module):

@@ -26,7 +26,7 @@ from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.errors import InputError
 from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
-from dsv4_jax.mhc import StreamHead
+from dsv4_jax.mhc import Residual, StreamHead, finish, start, with_pending
 from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
@@ -56,11 +56,11 @@ class Pair(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Streams, dict[str, LayerCache] | None], pair: Int[Array, ""],
+        self, carry: tuple[Residual, dict[str, LayerCache] | None], pair: Int[Array, ""],
         experts: dict[str, Int[Array, "b t a"]], batch: Batch,
-    ) -> tuple[tuple[Streams, dict[str, LayerCache] | None], dict[str, LayerStats]]:
+    ) -> tuple[tuple[Residual, dict[str, LayerCache] | None], dict[str, LayerStats]]:
         """Run pair number `pair` on the streams and on its layers of the caches, by their kind."""
-        (streams, caches), stats = carry, {}
+        (residual, caches), stats = carry, {}
         for layer in (self.layer, self.layer + 1):
             kind = self.config.layer_types[layer]
             block = block_class(self.runtime, scanned=True)(
@@ -68,9 +68,9 @@ class Pair(nn.Module):
             )
             cache = None if caches is None else StackedCache(caches[kind], pair)
             own = batch._replace(experts=experts.get(kind))
-            streams, stats[kind], kept = block(streams, own, cache)
+            residual, stats[kind], kept = block(residual, own, cache)
             caches = None if caches is None else caches | {kind: kept}
-        return (streams, caches), stats
+        return (residual, caches), stats
 
 
 class Transformer(nn.Module):
@@ -175,15 +175,15 @@ class Transformer(nn.Module):
     ) -> tuple[Streams, dict[str, LayerStats], dict[str, LayerCache] | None]:
         c, runtime = self.config, self.runtime
         prelude, pairs = factor_schedule(c)
-        layers, kept = {}, {}
+        residual, layers, kept = start(streams, c, runtime), {}, {}
         for layer in range(prelude):
             name = f"layers_{layer}"
             kinds = c.layer_types[layer], c.moe_types[layer]
             block = block_class(runtime)(c, runtime, *kinds, layer, name=name)
             cache = None if caches is None else StackedCache(caches[name], jnp.int32(0))
             own = batch._replace(experts=experts.get(name))
-            streams, layers[name], kept[name] = block(streams, own, cache)
-            streams = self._constrain(streams)
+            residual, layers[name], kept[name] = block(residual, own, cache)
+            residual = self._constrain_residual(residual)
         if pairs:
             scan = nn.scan(
                 Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=(0, 0, nn.broadcast),
@@ -194,17 +194,25 @@ class Transformer(nn.Module):
             paths = {kind: f"pairs/{kind}" for kind in kinds}
             chosen = {kind: experts[path] for kind, path in paths.items() if path in experts}
             of_pairs = None if caches is None else {kind: caches[f"pairs/{kind}"] for kind in kinds}
-            (streams, of_pairs), stats = scan(c, runtime, prelude, name="pairs")(
-                (streams, of_pairs), jnp.arange(pairs), chosen, batch
+            (residual, of_pairs), stats = scan(c, runtime, prelude, name="pairs")(
+                (with_pending(residual, c), of_pairs), jnp.arange(pairs), chosen, batch
             )
             layers |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
             kept |= {f"pairs/{kind}": cache for kind, cache in (of_pairs or {}).items()}
-        return streams, layers, None if caches is None else kept
+        return finish(residual, c, runtime), layers, None if caches is None else kept
 
     def _logits(self, hidden: Hidden, head) -> Logits:
         """Sum in float32; factors are of the compute dtype, as those of the released head are."""
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
         return constrain(logits, "batch token vocab", self.runtime.mesh)
+
+    def _constrain_residual(self, residual: Residual) -> Residual:
+        (y, post, comb), mesh = residual.pending, self.runtime.mesh
+        pending = residual.pending._replace(
+            y=self._constrain(y), post=constrain(post, "mix batch", mesh),
+            comb=constrain(comb, "mix mix_in batch", mesh),
+        )
+        return Residual(self._constrain(residual.streams), pending)
 
     def _constrain(self, x):
         return constrain(x, "batch", self.runtime.mesh)

@@ -9,7 +9,7 @@ from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import linear, rms_norm
-from dsv4_jax.mhc import StreamHead
+from dsv4_jax.mhc import StreamHead, finish, start
 from dsv4_jax.params import param
 from dsv4_jax.shapes import Hidden, Streams
 
@@ -48,7 +48,7 @@ class MultiTokenPrediction(nn.Module):
         block = block_class(self.runtime)(
             c, self.runtime, WINDOW, LEARNED, c.num_layers, name="block"
         )
-        streams, stats, kept = block(joined, batch, cache)
+        residual, stats, kept = block(start(joined, c, self.runtime), batch, cache)
         final_norm = param(self, "final_norm", "width", (d,), ones)
-        x = StreamHead(c, self.runtime, name="head_mix")(streams)
+        x = StreamHead(c, self.runtime, name="head_mix")(finish(residual, c, self.runtime))
         return rms_norm(x, final_norm, eps=c.rms_norm_eps), stats, kept

@@ -130,7 +130,7 @@ class TwoSublayers(nn.Module):
     @nn.compact
     def __call__(self, streams, y, post, comb):
         streams = expand(streams, y, post, comb)
-        pre, post, comb = StreamMix(self.config, Runtime(), 1)(streams)
+        pre, post, comb = StreamMix(self.config, Runtime(), 1).gates(streams)
         return streams, collapse(streams, pre), post, comb
 
 

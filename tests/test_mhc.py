@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -163,7 +164,7 @@ def test_streams_keep_their_dtype_and_are_mixed_in_float32():
 
 def fresh_gates(own_stream: int, streams) -> tuple[jax.Array, jax.Array, jax.Array]:
     mix = StreamMix(CONFIG, Runtime(), own_stream)
-    return mix.init_with_output(jax.random.key(own_stream), streams)[0]
+    return mix.init_with_output(jax.random.key(own_stream), streams, method="gates")[0]
 
 
 def numpy_gates(params: dict, streams: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -187,9 +188,10 @@ def numpy_gates(params: dict, streams: np.ndarray) -> tuple[np.ndarray, ...]:
 def test_gates_equal_a_loop_over_tokens():
     streams = 5 * normal(0, BATCH, LENGTH, STREAMS, WIDTH)
     mix = StreamMix(CONFIG, Runtime(), own_stream=0)
-    shapes = nn.meta.unbox(jax.eval_shape(mix.init, jax.random.key(0), streams))["params"]
+    init = functools.partial(mix.init, method="gates")
+    shapes = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), streams))["params"]
     params = {name: normal(i, *shape.shape) for i, (name, shape) in enumerate(shapes.items())}
-    gates = mix.apply({"params": params}, streams)
+    gates = mix.apply({"params": params}, streams, method="gates")
     for place in np.ndindex(BATCH, LENGTH):
         for actual, expected in zip(gates, numpy_gates(params, streams[place]), strict=True):
             np.testing.assert_allclose(

@@ -305,8 +305,8 @@ class NoBlock(nn.Module):
     moe_kind: str
     layer: int
 
-    def __call__(self, streams, batch, cache):
-        return streams, LayerStats(*[None] * len(LayerStats._fields)), cache
+    def __call__(self, residual, batch, cache):
+        return residual, LayerStats(*[None] * len(LayerStats._fields)), cache
 
 
 def test_prediction_joins_streams_and_next_embedding(monkeypatch):

@@ -10,6 +10,7 @@ unless one call's result is the next one's argument.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ FORWARD = {GPU: gpu.forward, TPU: tpu.forward}
 BACKWARD = {GPU: gpu_backward.backward, TPU: tpu_backward.backward}
 DTYPES = ("bfloat16", "float32")
 MOST_STREAMS = 4  # three parts of 2n + n n weights fit into the 128 lanes of a TPU
+LANES = 128  # other widths are filled up, which copies the streams
+# Tokens from which a kernel pays. Each call lays the weights of the gates out anew: 96 bytes of
+# them are read for a column of the streams, and up to 192 written and read again, as many as 240
+# tokens have there.
+WORTHWHILE = 256
 
 Streams = Float[Array, "b t n d"] | Float[Array, "b t columns"]
 Hidden = Float[Array, "b t d"]
@@ -42,14 +48,14 @@ def read_streams(
     Raises:
       ValueError: there is no such implementation, or it cannot do what is asked for.
     """
-    chosen = choose(OPERATION, implementation)
+    chosen = choose_for(streams, fn.shape[1], implementation)
     apart = _apart(streams, fn.shape[1])
     options = {"rms_eps": rms_eps, "hc_eps": hc_eps, "iterations": iterations}
     if chosen == XLA:
         return reference.read_streams(apart, fn, scale, base, **options)
     gating = Gating(fn.shape[1], fn.shape[0], **options)
     _check(apart, gating, fn, scale, base)
-    return _run(chosen, gating, apart, None, (fn, scale, base))
+    return _run(chosen, gating, streams, None, (fn, scale, base))
 
 
 def write_streams(
@@ -60,14 +66,13 @@ def write_streams(
     Raises:
       ValueError: there is no such implementation, or it cannot do what is asked for.
     """
-    chosen = choose(OPERATION, implementation)
+    chosen = choose_for(streams, post.shape[0], implementation)
     apart = _apart(streams, post.shape[0])
     if chosen == XLA:
         return reference.write_streams(apart, y, post, comb).reshape(streams.shape)
     gating = Gating(post.shape[0], y.shape[-1], 0.0, 0.0, 1)
     _check(apart, gating)
-    (new,) = _run(chosen, gating, apart, (y, post, comb), None)
-    return new.reshape(streams.shape)
+    return _run(chosen, gating, streams, (y, post, comb), None)[0]
 
 
 def write_and_read(
@@ -80,16 +85,35 @@ def write_and_read(
     Raises:
       ValueError: there is no such implementation, or it cannot do what is asked for.
     """
-    chosen = choose(OPERATION, implementation)
+    chosen = choose_for(streams, fn.shape[1], implementation)
     apart = _apart(streams, fn.shape[1])
     options = {"rms_eps": rms_eps, "hc_eps": hc_eps, "iterations": iterations}
     if chosen == XLA:
         new, *read = reference.write_and_read(apart, y, post, comb, fn, scale, base, **options)
-    else:
-        gating = Gating(fn.shape[1], fn.shape[0], **options)
-        _check(apart, gating, fn, scale, base)
-        new, *read = _run(chosen, gating, apart, (y, post, comb), (fn, scale, base))
-    return new.reshape(streams.shape), *read
+        return new.reshape(streams.shape), *read
+    gating = Gating(fn.shape[1], fn.shape[0], **options)
+    _check(apart, gating, fn, scale, base)
+    return _run(chosen, gating, streams, (y, post, comb), (fn, scale, base))
+
+
+def choose_for(
+    streams: Streams, n: int, implementation: str, *, worthwhile: bool = True
+) -> str:
+    """Return "xla", "gpu" or "tpu".
+
+    Args:
+      n: how many streams there are.
+      worthwhile: whether "auto" may take a kernel, if the streams are such that it pays.
+    Raises:
+      ValueError: there is no such implementation.
+    """
+    b, t = streams.shape[:2]
+    width = math.prod(streams.shape[2:]) // n
+    worthwhile = (
+        worthwhile and streams.dtype == jnp.bfloat16 and b * t >= WORTHWHILE
+        and n <= MOST_STREAMS and width % LANES == 0
+    )
+    return choose(OPERATION, implementation, worthwhile=worthwhile)
 
 
 def _apart(streams: Streams, n: int) -> Float[Array, "b t n d"]:
@@ -136,7 +160,7 @@ def _run(chosen: str, gating: Gating, streams, written, mixing):
 
 def _forward(chosen, gating, streams, written, mixing):
     results = list(FORWARD[chosen](
-        _flat(streams), _flat_written(written), _flat_mixing(mixing), gating
+        _tokens(streams, gating), _flat_written(written), _flat_mixing(mixing), gating
     ))
     kept = None if mixing is None else results.pop()
     batch = streams.shape[:2]
@@ -152,12 +176,13 @@ def _forward(chosen, gating, streams, written, mixing):
 def _backward(chosen, gating, saved, grads):
     streams, written, mixing, kept = saved
     grads, batch = list(grads), streams.shape[:2]
-    flat = [] if written is None else [_flat(grads.pop(0))]
+    flat = [] if written is None else [_tokens(grads.pop(0), gating)]
     if mixing is not None:
         u, post, comb = grads
         flat += [_flat(u), _gates_together(post, comb)]
     results = list(BACKWARD[chosen](
-        _flat(streams), _flat_written(written), _flat_mixing(mixing), kept, tuple(flat), gating
+        _tokens(streams, gating), _flat_written(written), _flat_mixing(mixing), kept,
+        tuple(flat), gating,
     ))
     in_streams = results.pop(0).reshape(streams.shape)
     if written is not None:
@@ -189,6 +214,10 @@ def _affine_gradient(values, kept, gating: Gating) -> tuple[Array, Array]:
     by_gate = jnp.sum(values * logits, axis=1)
     by_kind = by_gate[:n], by_gate[n : 2 * n], by_gate[2 * n :]
     return jnp.stack([jnp.sum(kind) for kind in by_kind]), jnp.sum(values, axis=1)
+
+
+def _tokens(streams: Streams, gating: Gating) -> Float[Array, "tokens n d"]:
+    return streams.reshape(-1, gating.streams, gating.width)
 
 
 def _flat(x: Float[Array, "b t ..."]) -> Float[Array, "tokens ..."]:
