@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 from flax.linen import meta
+from test_implementation import Described
 
 from dsv4_jax import Transformer, init_params, param_shapes
 from dsv4_jax.cache import init_cache
 from dsv4_jax.config import ModelConfig, Runtime
+from pallas_kernels.mhc import WORTHWHILE
+from pallas_kernels.target import compiling_for
 
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order
 # Of the largest gradient of all: the gates of equal streams have a gradient of 0 but for rounding.
@@ -29,22 +32,26 @@ CONFIG = ModelConfig(
     max_position_embeddings=256, n_routed_experts=4, num_experts_per_tok=2,
     moe_intermediate_size=16, hc_mult=2, hc_sinkhorn_iters=3, num_nextn_predict_layers=0,
 )  # fmt: skip
+# Pairs of layers from the first on, so that the scan starts with nothing to be written.
+PAIRS = dataclasses.replace(
+    CONFIG, layer_types=("hca", "window") * 2, moe_types=("learned",) * 4,
+    num_nextn_predict_layers=1,
+)  # fmt: skip
+CONFIGS = {"layers": CONFIG, "pairs": PAIRS}
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 32)).astype(np.int32)
 SEGMENTS = np.array([[1] * 19 + [2] * 13, [1] * 5 + [2] * 24 + [0] * 3], np.int32)
 
 
 @functools.cache
-def outcome(
-    kernels: str, csa: str, indexer: str = "plain", keys: str = "plain", learns: bool = False
-):
-    """Return logits, what a learning indexer is told, and gradients by name."""
-    params = init_params(CONFIG, jax.random.key(0))
-    runtime = Runtime(kernels=kernels, csa=csa, indexer=indexer, keys=keys, index_learns=learns)
-    model = Transformer(CONFIG, runtime)
+def outcome(kernels: str, config: str = "layers", **runtime):
+    """Return logits, what learning indexers are told, and gradients by name."""
+    params = init_params(CONFIGS[config], jax.random.key(0))
+    model = Transformer(CONFIGS[config], Runtime(kernels=kernels, **runtime))
 
     def run(params):
         features = model.apply({"params": params}, TOKENS, SEGMENTS, method="features")
-        logits = jnp.where(SEGMENTS[..., None] > 0, features.logits, 0)
+        logits = [x for x in (features.logits, features.mtp_logits) if x is not None]
+        logits = jnp.where(SEGMENTS[..., None] > 0, jnp.stack(logits), 0)
         lessons = [x.lesson for x in features.layers.values() if x.lesson is not None]
         learned = sum(jnp.sum(lesson.divergence) for lesson in lessons)
         return jnp.sum(jnp.sin(logits)) + learned, (logits, lessons)
@@ -72,14 +79,27 @@ def outcome(
     ],
 )
 def test_logits_lessons_and_gradients_are_those_of_plain_jax(kernels, csa, learns, kernel):
-    chosen = ",".join(["xla", *(f"{name}={kernel}" for name in kernels.split(","))])
-    logits, lessons, gradients = outcome(chosen, csa, learns=learns)
-    wanted, wanted_lessons, wanted_gradients = outcome("xla", csa, learns=learns)
+    assert_same(kernels, kernel, csa=csa, index_learns=learns)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("kernel", ("gpu", "tpu"))
+def test_hyper_connections_are_those_of_plain_jax(kernel, config):
+    """Across layers, in a scan of recomputed ones and in the prediction."""
+    assert_same("mhc", kernel, config, remat=config == "pairs")
+
+
+def assert_same(operations: str, kernel: str, config: str = "layers", **runtime) -> None:
+    """Compare logits, lessons and gradients of all parameters with those of plain JAX."""
+    chosen = ",".join(["xla", *(f"{name}={kernel}" for name in operations.split(","))])
+    logits, lessons, gradients = outcome(chosen, config, **runtime)
+    wanted, wanted_lessons, wanted_gradients = outcome("xla", config, **runtime)
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
-    assert len(lessons) == len(wanted_lessons) == learns
+    assert len(lessons) == len(wanted_lessons) == runtime.get("index_learns", False)
     for lesson, value in zip(lessons, wanted_lessons, strict=True):
         np.testing.assert_allclose(lesson, value, rtol=ROUNDING)
-        assert (np.sum(value.choices) > 0) == (csa == "dense")  # recall counts
+        assert (np.sum(value.choices) > 0) == (runtime["csa"] == "dense")  # recall counts
         assert np.sum(value.divergence) > 0
     largest = max(np.abs(x).max() for x in wanted_gradients.values())
     for name, value in wanted_gradients.items():
@@ -91,16 +111,16 @@ def test_logits_lessons_and_gradients_are_those_of_plain_jax(kernels, csa, learn
 @pytest.mark.parametrize("kernel", ("gpu", "tpu"))
 def test_scores_that_are_rounded_as_served_choose_the_same_entries(kernel):
     kernels = f"xla,sparse_attention={kernel},indexer={kernel}"
-    logits, *_ = outcome(kernels, "sparse", "fp4")
-    wanted, *_ = outcome("xla", "sparse", "fp4")
+    logits, *_ = outcome(kernels, indexer="fp4")
+    wanted, *_ = outcome("xla", indexer="fp4")
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("compressor", ("gpu", "tpu"))
 def test_entries_are_rounded_as_served(compressor):
-    logits, _, gradients = outcome(f"xla,compressor={compressor}", "dense", keys="fp8")
-    wanted, _, wanted_gradients = outcome("xla", "dense", keys="fp8")
+    logits, _, gradients = outcome(f"xla,compressor={compressor}", csa="dense", keys="fp8")
+    wanted, _, wanted_gradients = outcome("xla", csa="dense", keys="fp8")
     # A value within ROUNDING of the middle between two codes may go either way.
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=FP8_STEP * np.abs(wanted).max())
     for name, value in wanted_gradients.items():
@@ -167,3 +187,34 @@ def test_kernels_run_where_they_are_asked_for():
     # Without a kernel for what is learned, plain JAX does the attention, too.
     plain = primitives(kernels="xla,sparse_attention=gpu", index_learns=True)
     assert plain.count("name=attend") == 2 and "name=index_sums" not in plain
+
+
+def test_sublayers_write_for_each_other_in_one_kernel():
+    """The first one reads; the last write is the model's own."""
+    config = dataclasses.replace(
+        CONFIG, layer_types=("window", *PAIRS.layer_types), moe_types=("learned",) * 5
+    )
+    program = stream_program(config, "xla,mhc=tpu", tokens=32)
+    calls = [program.count(f"name=streams_{name}\n") for name in ("read", "writeread", "write")]
+    # A layer before the scan, whose body has two.
+    assert calls == [1, 1 + 4, 1]
+
+
+@pytest.mark.parametrize("tokens, invariant, taken", [
+    (WORTHWHILE, False, True), (WORTHWHILE - 8, False, False), (WORTHWHILE, True, False),
+])
+def test_few_tokens_have_no_kernel_of_hyper_connections(tokens, invariant, taken):
+    """Nor have tokens whose bits must not depend on how many there are."""
+    config = dataclasses.replace(CONFIG, hidden_size=128)
+    with compiling_for(Described("gpu", "NVIDIA H100 80GB HBM3")):
+        program = stream_program(
+            config, "xla,mhc=auto", tokens, dtype="bfloat16", batch_invariant=invariant
+        )
+    assert ("name=streams" in program) == taken
+
+
+def stream_program(config: ModelConfig, kernels: str, tokens: int, **runtime) -> str:
+    model = Transformer(config, Runtime(kernels=kernels, **runtime))
+    return str(jax.make_jaxpr(lambda p: model.apply({"params": p}, np.zeros((1, tokens), int)))(
+        meta.unbox(param_shapes(config))
+    ))
