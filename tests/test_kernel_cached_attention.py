@@ -1,0 +1,112 @@
+"""The kernels of cached attention, interpreted, against all keys of a row in one softmax."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels_in_model import CONFIG
+
+from dsv4_jax.cache_format import decode_entry, encode_entry
+from pallas_kernels.cached_attention import Cached, cached_attention, gpu
+
+KERNELS = ("gpu", "tpu")
+SERVED = "served"
+SUMS = {"float32": 1e-5, "bfloat16": 2**-7}  # of the largest value: other order; roundings
+LAYERS, LAYER = 3, 1
+
+
+def config_of(width: int, rotated: int):
+    return dataclasses.replace(CONFIG, head_dim=width, qk_rope_head_dim=rotated)
+
+
+def stored(rng, shape, config, form: str):
+    """Return rows of random numbers of many sizes, as a cache stores them."""
+    numbers = rng.standard_normal((*shape, config.head_dim)) * 2.0 ** rng.integers(-3, 2, shape)[
+        ..., None
+    ]
+    return encode_entry(jnp.asarray(numbers, jnp.float32), config, form)
+
+
+def operands(rows, tokens, heads, form, *, width=64, rotated=8, slots=16, count=0, chosen=0,
+             dtype="float32", starts=None, seed=0):
+    """Return the arguments of one call; what is not to be seen is NaN."""
+    rng, config = np.random.default_rng(seed), config_of(width, rotated)
+    starts = np.asarray(starts if starts is not None else rng.integers(0, 4 * slots, rows))
+    q = jnp.asarray(rng.standard_normal((rows, tokens, heads, width)), dtype)
+    new = stored(rng, (rows, tokens), config, form)
+    ring = stored(rng, (LAYERS, rows, slots), config, form)
+    sink = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    cached = Cached(ring, jnp.int32(LAYER), jnp.asarray(starts, jnp.int32))
+    if count:
+        entries = stored(rng, (LAYERS, rows, count), config, form)
+        cached = cached._replace(entries=entries)
+        if chosen:
+            picks = np.full((rows, tokens, chosen), -1)
+            for row, token in np.ndindex(rows, tokens):
+                some = rng.integers(0, min(chosen, count) + 1)
+                places = rng.choice(chosen, some, replace=False)
+                picks[row, token, places] = rng.choice(count, some, replace=False)
+            cached = cached._replace(chosen=jnp.asarray(picks, jnp.int32))
+        else:
+            end = np.sort(rng.integers(0, count + 1, (rows, tokens)), axis=1)
+            end[0, -1] = count
+            cached = cached._replace(end=jnp.asarray(end, jnp.int32))
+    return (q, new, sink, cached), config
+
+
+def written_out(q, new, sink, cached: Cached, config, form: str) -> np.ndarray:
+    """Attend by the definition: for each query a list of keys by position, in float64."""
+    def numbers(x):
+        return np.asarray(decode_entry(x, config, form, jnp.dtype("float32")), np.float64)
+
+    q, sink = np.asarray(q, np.float64), np.asarray(sink, np.float64)
+    ring, new = numbers(cached.ring[cached.layer]), numbers(new)
+    entries = None if cached.entries is None else numbers(cached.entries[cached.layer])
+    out, slots = np.zeros(q.shape), ring.shape[1]
+    for row, token in np.ndindex(q.shape[:2]):
+        start = int(cached.start[row])
+        kv = []
+        for position in range(max(0, start + token - slots + 1), start + token + 1):
+            at = position - start
+            kv.append(new[row, at] if at >= 0 else ring[row, position % slots])
+        if cached.chosen is not None:
+            kv += [entries[row, i] for i in np.asarray(cached.chosen[row, token]) if i >= 0]
+        elif entries is not None:
+            kv += list(entries[row, : int(cached.end[row, token])])
+        kv = np.stack(kv)
+        logits = q[row, token] @ kv.T / q.shape[3] ** 0.5
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        total = weights.sum(axis=1) + np.exp(sink - logits.max(axis=1))
+        out[row, token] = weights @ kv / total[:, None]
+    return out
+
+
+def assert_close(actual, wanted, dtype: str) -> None:
+    actual = np.asarray(actual, np.float64)
+    assert np.abs(actual - wanted).max() <= SUMS[dtype] * np.abs(wanted).max()
+
+
+CALLS = {
+    "window": dict(rows=2, tokens=1, heads=4),
+    "window, empty rows, several tokens": dict(rows=3, tokens=3, heads=4, starts=[0, 1, 40]),
+    "range": dict(rows=3, tokens=1, heads=3, count=300),
+    "range, several tokens": dict(rows=2, tokens=4, heads=4, count=70, slots=40),
+    "chosen": dict(rows=2, tokens=2, heads=4, count=300, chosen=90),
+    "groups of channels": dict(rows=1, tokens=2, heads=4, width=144, rotated=16, count=50),
+    "ragged": dict(rows=2, tokens=1, heads=4, width=24, rotated=4, count=40, chosen=20),
+}
+
+
+@pytest.mark.parametrize("kernel", ("xla", *KERNELS))
+@pytest.mark.parametrize("form", ("float32", "bfloat16", SERVED))
+@pytest.mark.parametrize("name", CALLS)
+def test_queries_attend_to_what_the_definition_shows(name, form, kernel):
+    arguments, config = operands(form=form, **CALLS[name])
+    found = cached_attention(
+        *arguments, rotated=config.qk_rope_head_dim, implementation=kernel
+    )
+    assert_close(found, written_out(*arguments, config, form), "float32")
