@@ -28,6 +28,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from pallas_kernels.cached_attention import cases as cached_attention
 from pallas_kernels.case import Case
 from pallas_kernels.compressor import cases as compressor
 from pallas_kernels.cross_entropy import cases as cross_entropy
@@ -42,7 +43,10 @@ from pallas_kernels.target import GPU, TPU, compiling_for
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 GPUS = ("h100", "b200")
 TARGETS = (*TPUS, *GPUS)
-CASES = (compressor, cross_entropy, index_loss, indexer, mhc, moe, newton_schulz, sparse_attention)
+CASES = (
+    cached_attention, compressor, cross_entropy, index_loss, indexer, mhc, moe, newton_schulz,
+    sparse_attention,
+)
 
 # Read when the TPU compiler is first used in a process. All passes of a large program would be
 # gigabytes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from pallas_kernels.cached_attention import claims as cached_attention
 from pallas_kernels.compressor import claims as compressor
 from pallas_kernels.cross_entropy import claims as cross_entropy
 from pallas_kernels.index_loss import claims as index_loss
@@ -16,7 +17,8 @@ from pallas_kernels.prove import Proof, Verdict
 from pallas_kernels.sparse_attention import claims as sparse_attention
 
 CLAIMS = (
-    compressor, cross_entropy, index_loss, indexer, mhc, moe, newton_schulz, sparse_attention,
+    cached_attention, compressor, cross_entropy, index_loss, indexer, mhc, moe, newton_schulz,
+    sparse_attention,
 )
 
 

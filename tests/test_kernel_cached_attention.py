@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_jit
 from test_kernels_in_model import CONFIG
 
 from dsv4_jax.cache_format import decode_entry, encode_entry
@@ -28,7 +30,12 @@ def stored(rng, shape, config, form: str):
     numbers = rng.standard_normal((*shape, config.head_dim)) * 2.0 ** rng.integers(-3, 2, shape)[
         ..., None
     ]
-    return encode_entry(jnp.asarray(numbers, jnp.float32), config, form)
+    return coder(encode_entry, config, form)(jnp.asarray(numbers, jnp.float32))
+
+
+@functools.cache
+def coder(code, config, *form):
+    return quick_jit(lambda x: code(x, config, *form))
 
 
 def operands(rows, tokens, heads, form, *, width=64, rotated=8, slots=16, count=0, chosen=0,
@@ -61,7 +68,8 @@ def operands(rows, tokens, heads, form, *, width=64, rotated=8, slots=16, count=
 def written_out(q, new, sink, cached: Cached, config, form: str) -> np.ndarray:
     """Attend by the definition: for each query a list of keys by position, in float64."""
     def numbers(x):
-        return np.asarray(decode_entry(x, config, form, jnp.dtype("float32")), np.float64)
+        decode = coder(decode_entry, config, form, jnp.dtype("float32"))
+        return np.asarray(decode(x), np.float64)
 
     q, sink = np.asarray(q, np.float64), np.asarray(sink, np.float64)
     ring, new = numbers(cached.ring[cached.layer]), numbers(new)
@@ -101,12 +109,25 @@ CALLS = {
 }
 
 
+def attend(arguments, config, kernel: str, **options):
+    call = functools.partial(
+        cached_attention, rotated=config.qk_rope_head_dim, implementation=kernel, **options
+    )
+    return quick_jit(call)(*arguments)
+
+
+def forms():
+    """Return pairs of a call and a form; plain numbers in a few calls only."""
+    for name in CALLS:
+        quick = name in ("range, several tokens", "chosen")
+        yield pytest.param(name, SERVED, marks=[] if quick else pytest.mark.heavy)
+        yield pytest.param(name, "float32", marks=pytest.mark.heavy)
+    yield pytest.param("range, several tokens", "bfloat16", marks=pytest.mark.heavy)
+
+
 @pytest.mark.parametrize("kernel", ("xla", *KERNELS))
-@pytest.mark.parametrize("form", ("float32", "bfloat16", SERVED))
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "form"), tuple(forms()))
 def test_queries_attend_to_what_the_definition_shows(name, form, kernel):
     arguments, config = operands(form=form, **CALLS[name])
-    found = cached_attention(
-        *arguments, rotated=config.qk_rope_head_dim, implementation=kernel
-    )
+    found = attend(arguments, config, kernel)
     assert_close(found, written_out(*arguments, config, form), "float32")

@@ -116,9 +116,13 @@ class Steps(NamedTuple):
         """Return the block of entries of a step; below 0 it is the ring's."""
         return step - 1
 
+    def first(self, step: Index) -> Index:
+        """Return the first entry of a step's block."""
+        return self.block(step) * self.entries
+
     def wanted(self, step: Index, end: Index) -> Truth:
         """Say whether a step's block has an entry before `end`."""
-        return (self.block(step) >= 0) & (self.block(step) * self.entries < end)
+        return (self.block(step) >= 0) & (self.first(step) < end)
 
     def read(self, step: Index, end: Index) -> Index:
         """Return the block that is in memory at a step: those past the end are not read."""
