@@ -8,8 +8,8 @@ AUTO, XLA = "auto", "xla"
 IMPLEMENTATIONS = (AUTO, XLA, GPU, TPU)
 # That models and their training can run by kernels.
 OPERATIONS = (
-    "cached_attention", "compressor", "cross_entropy", "index_loss", "indexer", "mhc", "moe", "newton_schulz",
-    "sparse_attention",
+    "cached_attention", "compressor", "cross_entropy", "index_loss", "indexer", "mhc", "moe",
+    "newton_schulz", "sparse_attention",
 )
 
 

@@ -13,7 +13,8 @@ from compiling import quick_jit
 from test_kernels_in_model import CONFIG
 
 from dsv4_jax.cache_format import decode_entry, encode_entry
-from pallas_kernels.cached_attention import Cached, cached_attention, gpu
+from pallas_kernels.cached_attention import Cached, cached_attention, cases, claims, gpu
+from pallas_kernels.cached_attention.index import Column, Ring, Split, Steps, Tiles
 
 KERNELS = ("gpu", "tpu")
 SERVED = "served"
@@ -22,7 +23,9 @@ LAYERS, LAYER = 3, 1
 
 
 def config_of(width: int, rotated: int):
-    return dataclasses.replace(CONFIG, head_dim=width, qk_rope_head_dim=rotated)
+    return dataclasses.replace(
+        CONFIG, head_dim=width, qk_rope_head_dim=rotated, index_head_dim=128
+    )
 
 
 def stored(rng, shape, config, form: str):
@@ -40,7 +43,7 @@ def coder(code, config, *form):
 
 def operands(rows, tokens, heads, form, *, width=64, rotated=8, slots=16, count=0, chosen=0,
              dtype="float32", starts=None, seed=0):
-    """Return the arguments of one call; what is not to be seen is NaN."""
+    """Return the arguments of one call, and a config of such rows."""
     rng, config = np.random.default_rng(seed), config_of(width, rotated)
     starts = np.asarray(starts if starts is not None else rng.integers(0, 4 * slots, rows))
     q = jnp.asarray(rng.standard_normal((rows, tokens, heads, width)), dtype)
@@ -131,3 +134,119 @@ def test_queries_attend_to_what_the_definition_shows(name, form, kernel):
     arguments, config = operands(form=form, **CALLS[name])
     found = attend(arguments, config, kernel)
     assert_close(found, written_out(*arguments, config, form), "float32")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_as_released_models_store_them(kernel):
+    arguments, config = operands(
+        1, 2, 16, SERVED, width=512, rotated=64, slots=128, count=700, dtype="bfloat16"
+    )
+    found = attend(arguments, config, kernel)
+    assert found.dtype == jnp.bfloat16
+    assert_close(found, written_out(*arguments, config, SERVED), "bfloat16")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("programs", (1, 4, 264))
+def test_any_number_of_pieces_gives_the_same(programs, monkeypatch):
+    """Of rows that need all pieces, some and one."""
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
+    arguments, config = operands(3, 1, 4, "float32", count=1500, slots=40)
+    q, new, sink, cached = arguments
+    cached = cached._replace(end=jnp.asarray([[1500], [170], [0]], jnp.int32))
+    arguments = q, new, sink, cached
+    found = attend(arguments, config, "gpu")
+    assert_close(found, written_out(*arguments, config, "float32"), "float32")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_row_s_bits_do_not_depend_on_its_batch_or_the_size_of_the_cache(kernel):
+    (q, new, sink, cached), config = operands(3, 1, 4, SERVED, count=1024, slots=40)
+    cached = cached._replace(end=jnp.asarray([[1024], [300], [7]], jnp.int32))
+    batch = attend((q, new, sink, cached), config, kernel, invariant=True)
+    alone = cached._replace(
+        ring=cached.ring[:, 1:2], start=cached.start[1:2], entries=cached.entries[:, 1:2, :512],
+        end=cached.end[1:2],
+    )
+    found = attend((q[1:2], new[1:2], sink, alone), config, kernel, invariant=True)
+    np.testing.assert_array_equal(np.asarray(found[0]), np.asarray(batch[1]))
+
+
+def test_no_copy_of_a_cache_is_made():
+    """Before the kernel of a GPU: only views of stored rows, whatever the layer."""
+    for case in cases.cases():
+        if "Flash" not in case.name or "1 x 1, context 1,048,576" not in case.name:
+            continue
+        program = jax.make_jaxpr(case.run("gpu"))(*case.arguments)
+        copied = [
+            e.primitive.name for e in program.jaxpr.eqns for v in e.outvars
+            if v.aval.size > 2**22
+        ]
+        assert set(copied) <= {"reshape", "bitcast_convert_type", "jit"}
+
+
+def test_what_does_not_fit_together_is_refused():
+    (q, new, sink, cached), _ = operands(2, 1, 4, SERVED, count=20)
+    wrong = [
+        (q, new[..., 1:], sink, cached), (q, new, sink[1:], cached),
+        (q, new.astype("int32"), sink, cached), (q, new, sink, cached._replace(end=None)),
+        (q, new, sink, cached._replace(entries=cached.entries[:1])),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match=r"cached_attention: expected q \[b, t, h, k\]"):
+            cached_attention(*arguments, rotated=8)
+    (q, new, sink, cached), _ = operands(1, 9, 4, "float32")
+    with pytest.raises(ValueError, match="at most 8 tokens of a row"):
+        cached_attention(q, new, sink, cached, rotated=8, implementation="gpu")
+    with pytest.raises(ValueError, match="at most 4 tokens, the ring's, got 9"):
+        cached_attention(
+            q, new, sink, cached._replace(ring=cached.ring[:, :, :4]), rotated=8
+        )
+
+
+class OldestSeen(Ring):
+    """A ring whose oldest key is seen one token too long."""
+
+    def sees(self, place, slot, start):
+        position = self.position(slot, start)
+        return (position >= 0) & (position >= start + place - self.slots)
+
+
+class NewLeft(Tiles):
+    """Tiles of which the new tokens' is taken by no piece that begins with it."""
+
+    def new(self, first, last):
+        return super().new(first + 1, last)
+
+
+class GapLeft(Split):
+    """Pieces that are one tile short."""
+
+    def piece(self, tiles, part):
+        first, last = super().piece(tiles, part)
+        return first, last - 1
+
+
+class OnePast(Column):
+    """Columns that go on past the last one."""
+
+    def at(self, place):
+        return super().at(place) + 1
+
+
+class LastBlockLeft(Steps):
+    """Steps without the block of the last entry."""
+
+    def wanted(self, step, end):
+        return super().wanted(step, end - 1)
+
+
+@pytest.mark.parametrize("broken", (
+    {"ring": OldestSeen}, {"tiles": NewLeft}, {"split": GapLeft}, {"column": OnePast},
+    {"steps": LastBlockLeft},
+), ids=str)
+def test_index_functions_that_are_one_off_are_refuted(broken):
+    refuted = [v for p in claims.proofs(**broken) for v in p.verdicts() if not v.proved]
+    assert any(verdict.counterexample for verdict in refuted)

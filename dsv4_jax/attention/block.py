@@ -147,16 +147,21 @@ class Attention(nn.Module):
         """Run the core over what earlier calls have read and x; return its output and the cache."""
         c, form, index_form = self.config, self.runtime.entry_format, self.runtime.index_format
         (window, main, index), layer, span = cache.stack, cache.layer, places.span
-        earlier, kv, window = read_and_write_window(window, layer, kv, span, c, form)
+        earlier, kv, new, window = read_and_write_window(window, layer, kv, span, c, form)
+        kernel = by_kernel.over_cache(
+            q, new, sink, cache, span.start, config=c, runtime=self.runtime
+        )
         if self.kind == WINDOW:
-            out = attend_window(q, kv, sink, window=c.sliding_window, earlier=earlier)
+            out = kernel() if kernel else attend_window(
+                q, kv, sink, window=c.sliding_window, earlier=earlier
+            )
             return out, LayerCache(window, None, None)
         layout, ratio = places.layout, c.ratio(self.kind)
         entries, pending = self._compressor()(
             x, layout, places.at_entry, EarlierTokens(main.pending, layer, span)
         )
         main = store_entries(main, layer, encode_entry(entries, c, form), pending, span, ratio)
-        common = dict(window=c.sliding_window, layout=layout, earlier=earlier)
+        common = dict(window=c.sliding_window, layout=layout, earlier=earlier, kernel=kernel)
         stored = StoredEntries(main.entries, layer, c, form)
         if self.kind == CSA:
             asked, pending = self._indexer()(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -66,12 +67,13 @@ def sees_all_entries(config: ModelConfig) -> bool:
 
 def read_and_write_window(
     ring: Array, layer: Int[Array, ""], keys: Keys, span: Span, config: ModelConfig, form: str
-) -> tuple[Earlier, Keys, Array]:
-    """Return the keys that came before, the new ones as stored, and the ring with these."""
+) -> tuple[Earlier, Keys, Array, Array]:
+    """Return the keys that came before, the new ones rounded and stored, and the ring with these.
+    """
     stored = encode_entry(keys, config, form)
     before, keys = (decode_entry(x, config, form, keys.dtype) for x in (ring[layer], stored))
     earlier = Earlier(before, ring_positions(span.start, ring.shape[2]), span.start)
-    return earlier, keys, write_ring(ring, layer, stored, span)
+    return earlier, keys, stored, write_ring(ring, layer, stored, span)
 
 
 def store_entries(
@@ -84,9 +86,15 @@ def store_entries(
 
 def attend_all(
     q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries, *, window: int,
-    layout: EntryLayout, earlier: Earlier,
+    layout: EntryLayout, earlier: Earlier, kernel: Callable | None = None,
 ) -> Queries:
-    """Attend each query to its window and to all entries that it sees."""
+    """Attend each query to its window and to all entries that it sees.
+
+    Args:
+      kernel: does so, if given, as `by_kernel.over_cache` returns it.
+    """
+    if kernel is not None:
+        return kernel(entries=stored.entries, end=layout.end)
     tiles = _tiles(stored.entries.shape[2], ENTRY_TILE, layout.end)
 
     def choose(chunk: QueryBlocks):
@@ -101,7 +109,7 @@ def attend_all(
 def attend_best(
     q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries,
     index_keys: StoredEntries, asked: IndexQueries, *, window: int, layout: EntryLayout,
-    earlier: Earlier, choice: str = XLA,
+    earlier: Earlier, choice: str = XLA, kernel: Callable | None = None,
 ) -> Queries:
     """Attend each query to its window and to its best visible entries by index score.
 
@@ -109,8 +117,11 @@ def attend_best(
       index_keys: of all entries.
       asked: the queries of the indexer.
       choice: the implementation that scores and chooses entries.
+      kernel: attends, if given, as `by_kernel.over_cache` returns it.
     """
     index, exists = select_entries(index_keys, asked, layout.end, choice)
+    if kernel is not None:
+        return kernel(entries=stored.entries, chosen=jnp.where(exists, index, -1))
 
     def choose(chunk: QueryBlocks) -> Compressed:
         index, exists = chunk.extra

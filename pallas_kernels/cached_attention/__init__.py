@@ -17,7 +17,7 @@ from pallas_kernels.cached_attention.formats import Form, decode
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.target import GPU, TPU
 
-__all__ = ["Cached", "cached_attention", "choose_for"]
+__all__ = ["MOST_TOKENS", "Cached", "cached_attention", "choose_for"]
 
 KERNELS = {GPU: gpu, TPU: tpu}
 WORTHWHILE = 64  # channels: fewer leave most of a kernel's tiles empty
