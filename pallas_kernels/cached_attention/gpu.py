@@ -234,9 +234,10 @@ def read_rows(ref, rows, parts: Parts, dtype) -> Float[Array, "rows k"]:
         found = load(part)
         if part.kind == CODES:
             codes = ((found >> part.shift) & 255).astype(jnp.uint8)
-            found = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+            # Exact in bfloat16: codes have four significant bits.
+            found = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(dtype)
             scale = ref[(*lead, rows, part.scale)].astype(jnp.int32)
-            found *= power((scale >> part.scale_shift) & 255)[:, None]
+            found *= power((scale >> part.scale_shift) & 255).astype(dtype)[:, None]
         elif found.dtype == jnp.uint16:
             found = jax.lax.bitcast_convert_type(found, jnp.bfloat16)
         found = found.astype(dtype)

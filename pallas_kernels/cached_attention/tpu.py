@@ -1,7 +1,7 @@
 """Cached attention on TPU: a program for each query, over blocks of stored rows.
 
 Rows of bytes lie 32 to a tile, so that one alone cannot be copied: entries of a range are read in
-blocks where they lie; chosen ones XLA gathers before, as they are stored.
+blocks where they lie; chosen ones and the ring XLA copies before, as they are stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pallas_kernels.cached_attention.index import Ring, Steps, sees_new
 from pallas_kernels.target import TPU, target_platform
 
 ENTRIES = 256  # of a block
-ROWS = 32  # of a tile of bytes
 LANES, HEADS = 128, 16
 MEMORY = 32 * 2**20
 
@@ -40,7 +39,7 @@ def forward(
     """Return the output, as `cached_attention` does; a row's bits are its own in any case."""
     b, t, h, k = q.shape
     q, sink = pad_axes(q, {2: HEADS}), pad_axes(sink.astype(jnp.float32), {0: HEADS})
-    new, entries, chosen = pad_axes(new, {1: ROWS}), cached.entries, cached.chosen
+    entries, chosen = cached.entries, cached.chosen
     end = jnp.zeros((b, t), jnp.int32)
     if chosen is not None:
         chosen = pad_axes(chosen + 1, {2: ENTRIES}) - 1
@@ -51,22 +50,25 @@ def forward(
     elif entries is not None:
         end = cached.end.astype(jnp.int32)
     numbers = Numbers(cached.layer[None], cached.start, end)
-    return attend(q, new, sink[:, None], cached.ring, entries, chosen, numbers, form)[:, :, :h]
+    # The call writes to the ring after the kernel: read where it lies, XLA copies all layers.
+    keys = jnp.concatenate([cached.ring[cached.layer], new], axis=1)
+    return attend(q, keys, sink[:, None], entries, chosen, numbers, form)[:, :, :h]
 
 
 def attend(
-    q: Float[Array, "b t h k"], new: Array, sink: Float[Array, "h 1"], ring: Array,
-    entries: Array | None, chosen: Int[Array, "b t 1 l"] | None, numbers: Numbers, form: Form,
+    q: Float[Array, "b t h k"], keys: Array, sink: Float[Array, "h 1"], entries: Array | None,
+    chosen: Int[Array, "b t 1 l"] | None, numbers: Numbers, form: Form,
 ) -> Float[Array, "b t h k"]:
     """Return the output for each query.
 
     Args:
+      keys: a row's ring, then the call's: [b, slots + t, width].
       entries: [z, b, c, width] or, with chosen, these alone: [b, t, l, width].
     """
     b, t, h, k = q.shape
-    steps, slots = Steps(ENTRIES), ring.shape[2]
+    steps, slots = Steps(ENTRIES), keys.shape[1] - t
 
-    def kernel(layer_ref, start_ref, end_ref, q_ref, sink_ref, new_ref, ring_ref, *refs):
+    def kernel(layer_ref, start_ref, end_ref, q_ref, sink_ref, keys_ref, *refs):
         *entry_refs, out_ref, top, total, out = refs
         row, place, step = map(pl.program_id, range(3))
         start, end = start_ref[row], end_ref[row, place]
@@ -85,10 +87,10 @@ def attend(
             # The sink is part of every softmax, so that it makes a finite first maximum.
             top[...], total[...] = sink_ref[...], jnp.ones_like(total)
             out[...] = jnp.zeros_like(out)
-            slot = _numbers(slots, 1)
-            fold(decode_rows(ring_ref[...], form, q.dtype), Ring(slots).sees(place, slot, start))
-            token = _numbers(new.shape[1], 1)
-            fold(decode_rows(new_ref[...], form, q.dtype), sees_new(place, token))
+            key = _numbers(keys.shape[1], 1)
+            seen = Ring(slots).sees(place, key, start) & (key < slots)
+            seen |= (key >= slots) & sees_new(place, key - slots)
+            fold(decode_rows(keys_ref[...], form, q.dtype), seen)
 
         if entry_refs:
             pl.when(steps.wanted(step, end))(lambda: fold(*_entries(
@@ -99,7 +101,7 @@ def attend(
         def _():
             out_ref[...] = (out[...] / total[...]).astype(out_ref.dtype)
 
-    operands, specs, blocks = _operands(q, new, sink, ring, entries, chosen, steps)
+    operands, specs, blocks = _operands(q, keys, sink, entries, chosen, steps)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -135,16 +137,15 @@ def _entries(refs, first, end, form: Form, dtype) -> tuple[Array, Array]:
 
 
 def _operands(
-    q, new, sink, ring, entries, chosen, steps: Steps
+    q, keys, sink, entries, chosen, steps: Steps
 ) -> tuple[list[Array], list[pl.BlockSpec], int]:
     """Return the operands, their blocks, and how many blocks of entries there are."""
     h, k = q.shape[2:]
-    operands = [q, sink, new, ring]
+    operands = [q, sink, keys]
     specs = [
         pl.BlockSpec((None, None, h, k), lambda b, t, s, *_: (b, t, 0, 0)),
         pl.BlockSpec(sink.shape, lambda b, t, s, *_: (0, 0)),
-        pl.BlockSpec((None, *new.shape[1:]), lambda b, t, s, *_: (b, 0, 0)),
-        pl.BlockSpec((None, None, *ring.shape[2:]), lambda b, t, s, z, *_: (z[0], b, 0, 0)),
+        pl.BlockSpec((None, *keys.shape[1:]), lambda b, t, s, *_: (b, 0, 0)),
     ]
     if entries is None:
         return operands, specs, 0
