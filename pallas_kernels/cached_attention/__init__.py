@@ -2,7 +2,7 @@
 
 A query sees the window of keys before it, which a ring holds, the call's own tokens up to it, and
 in CSA and HCA layers stored entries: all before an end, or those that an indexer chose. Kernels
-read the rows of one layer from the arrays of all and decode them on the chip. There is no gradient.
+decode rows on the chip, and read them where they lie if they can. There is no gradient.
 """
 
 from __future__ import annotations
