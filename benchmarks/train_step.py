@@ -36,6 +36,7 @@ from dsv4_jax.run_config import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    SpikeConfig,
     StageConfig,
     TrainConfig,
 )
@@ -67,6 +68,7 @@ def run_config(length: int, optimizer: str) -> RunConfig:
         ),
         train=TrainConfig(eval_every=100, checkpoint_every=100),
         mesh=MeshConfig(),
+        spikes=SpikeConfig(),
     )
 
 
