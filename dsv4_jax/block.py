@@ -43,7 +43,7 @@ class Block(nn.Module):
     def __call__(
         self, residual: Residual, batch: Batch, cache: StackedCache | None = None
     ) -> tuple[Residual, LayerStats, LayerCache | None]:
-        """Return the streams, the layer's statistics and, with a cache, its stack updated."""
+        """Return the streams with a write pending, statistics and, with a cache, its stack."""
         c, eps = self.config, self.config.rms_norm_eps
         width, ones = (c.hidden_size,), nn.initializers.ones
 
@@ -53,7 +53,8 @@ class Block(nn.Module):
         attention = Attention(c, self.runtime, self.attention_kind, name="attention")
         x = rms_norm(x, norm, eps=eps)
         y, lesson, kept = attention(x, batch.places[self.attention_kind], cache)
-        residual, error = Residual(streams, Write(y, post, comb)), sinkhorn_error(comb)
+        residual = Residual(streams, Write(y, post, comb))
+        error = sinkhorn_error(comb)
 
         mix = StreamMix(c, self.runtime, 2 * self.layer + 1, name="moe_mix")
         streams, x, post, comb = mix(residual)
@@ -61,10 +62,9 @@ class Block(nn.Module):
         moe = MoE(c, self.runtime, self.moe_kind, self.layer, name="moe")
         x = rms_norm(x, norm, eps=eps)
         y, experts, load, balance_loss = moe(x, batch.tokens, batch.valid, batch.experts)
-        residual, error = (
-            Residual(streams, Write(y, post, comb)), jnp.maximum(error, sinkhorn_error(comb))
-        )
-        return residual, LayerStats(experts, load, balance_loss, error, lesson), kept
+        error = jnp.maximum(error, sinkhorn_error(comb))
+        stats = LayerStats(experts, load, balance_loss, error, lesson)
+        return Residual(streams, Write(y, post, comb)), stats, kept
 
 
 def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:

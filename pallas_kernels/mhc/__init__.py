@@ -26,10 +26,9 @@ FORWARD = {GPU: gpu.forward, TPU: tpu.forward}
 BACKWARD = {GPU: gpu_backward.backward, TPU: tpu_backward.backward}
 DTYPES = ("bfloat16", "float32")
 MOST_STREAMS = 4  # three parts of 2n + n n weights fit into the 128 lanes of a TPU
-LANES = 128  # other widths are filled up, which copies the streams
-# Tokens from which a kernel pays. Each call lays the weights of the gates out anew: 96 bytes of
-# them are read for a column of the streams, and up to 192 written and read again, as many as 240
-# tokens have there.
+# Tokens from which a kernel should pay: an estimate. Each call lays the weights of the gates out
+# anew: for a column of 4 streams 96 bytes are read, about 200 written and read again, as many as
+# 250 tokens have there in bfloat16.
 WORTHWHILE = 256
 
 Streams = Float[Array, "b t n d"] | Float[Array, "b t columns"]
@@ -111,7 +110,7 @@ def choose_for(
     width = math.prod(streams.shape[2:]) // n
     worthwhile = (
         worthwhile and streams.dtype == jnp.bfloat16 and b * t >= WORTHWHILE
-        and n <= MOST_STREAMS and width % LANES == 0
+        and n <= MOST_STREAMS and width % tpu.LANES == 0  # others are filled up: a copy
     )
     return choose(OPERATION, implementation, worthwhile=worthwhile)
 
