@@ -54,7 +54,7 @@ def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) ->
     return Case(
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
-        own + gathered, covered=not backward and tokens == TOKENS,
+        own + gathered, covered=not backward,
         special=_numbers(model, kind, tokens, len(arguments) - len(numbers)),
     )
 
