@@ -19,7 +19,7 @@ class Case(NamedTuple):
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     flops: float  # that the result needs, not those that a kernel spends
     bytes: float  # read and written at least
-    covered: bool = False  # another case has the same kernels, with blocks of the same shapes
+    covered: bool = False  # another case has the same kernels, with the same blocks
     # From a random generator to the arguments that are not to be normal numbers, by their place
     # among all leaves.
     special: Callable[[np.random.Generator], dict[int, np.ndarray]] = lambda rng: {}
