@@ -49,7 +49,8 @@ def _case(name: str, tokens: int, *, sparse: bool, backward: bool) -> Case:
         "index_loss", f"{name}: {'chosen' if sparse else 'range'}, {tokens:,} tokens, "
         f"{'backward' if backward else 'forward'}",
         _backward(sparse) if backward else _forward(sparse), tuple(arguments), flops,
-        moved + 2 * learned * backward, covered=not backward or tokens > TOKENS, special=_numbers(tokens, heads, topk),
+        moved + 2 * learned * backward, covered=not backward or tokens > TOKENS,
+        special=_numbers(tokens, heads, topk),
     )
 
 
