@@ -4,8 +4,10 @@
 
 Times every case of `pallas_kernels/*/cases.py`, and for comparison a large matrix product and a
 large copy. Operations are those that the result needs (of attention the pairs that are admitted,
-not padded slots), so that a share of the product's rate is one of useful work. Prints a table and
-writes it as DEVICE.json. Plain JAX is each operation's `reference.py`, which may not fit.
+not padded slots), so that a share of the product's rate is one of useful work; the rate of all
+slots, which other figures are of, stands beside it. Prints a table and writes it as DEVICE.json.
+Plain JAX is each operation's `reference.py`, which may not fit. Where there are others
+(`kernel_peers.py`; tokamax if it is installed), they are timed as well.
 """
 
 import datetime
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 from absl import flags
+from kernel_peers import peers
 
 from dsv4_jax.cli import run
 from dsv4_jax.errors import InputError
@@ -61,35 +64,45 @@ def ceilings() -> tuple[float, float]:
 
 
 def measured(case: Case, kernel: str) -> dict:
-    """Time a case as a kernel and in plain JAX; None where that does not fit."""
+    """Time a case as a kernel, in plain JAX and by others; None where that does not fit."""
     arguments = case.make_arguments(seed=0)
-    row = {"operation": case.operation, "case": case.name, "flops": case.flops,
-           "bytes": case.bytes}  # fmt: skip
-    row["kernel_s"] = seconds_of(case.run(kernel), *arguments)
+    others = {"plain JAX": case.run(XLA)} | peers(case)
+    return {
+        "operation": case.operation, "case": case.name, "flops": case.flops, "bytes": case.bytes,
+        "slots": case.slots, "kernel_s": seconds_of(case.run(kernel), *arguments),
+        "others_s": {name: _if_it_fits(other, *arguments) for name, other in others.items()},
+    }
+
+
+def _if_it_fits(function: Callable, *arguments) -> float | None:
     try:
-        row["plain_s"] = seconds_of(case.run(XLA), *arguments)
+        return seconds_of(function, *arguments)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        row["plain_s"] = None
-    return row
+        return None
 
 
 HEADING = (
-    "| operation | case | kernel, ms | plain JAX, ms | times as fast | TFLOP/s | of a product's | "
-    "GB/s | of a copy's |\n|---|---|---|---|---|---|---|---|---|"
+    "| operation | case | kernel, ms | others, ms | times as fast as the best | TFLOP/s | "
+    "of a product's | of slots | GB/s | of a copy's |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(row: dict, product: float, copy: float) -> str:
     """Write a row of the table."""
-    kernel, plain = row["kernel_s"], row["plain_s"]
-    beside = ["does not fit", ""] if plain is None else [f"{plain * 1e3:.3g}",
-                                                        f"{plain / kernel:.2f}"]  # fmt: skip
+    kernel, others = row["kernel_s"], row["others_s"]
+    fitting = [seconds for seconds in others.values() if seconds is not None]
+    told = ", ".join(
+        f"{name}: {'does not fit' if seconds is None else f'{seconds * 1e3:.3g}'}"
+        for name, seconds in others.items()
+    )
     flops, moved = row["flops"] / kernel, row["bytes"] / kernel
     cells = [
-        row["operation"], row["case"], f"{kernel * 1e3:.3g}", *beside, f"{flops / 1e12:.3g}",
-        f"{flops / product:.0%}", f"{moved / 1e9:.4g}", f"{moved / copy:.0%}",
+        row["operation"], row["case"], f"{kernel * 1e3:.3g}", told,
+        f"{min(fitting) / kernel:.2f}" if fitting else "", f"{flops / 1e12:.3g}",
+        f"{flops / product:.0%}", f"{flops * row['slots'] / 1e12:.3g}", f"{moved / 1e9:.4g}",
+        f"{moved / copy:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -12,7 +12,7 @@ from dsv4_jax.cache import LayerCache, StackedCache
 from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
-from dsv4_jax.mhc import Residual, StreamMix, Write, sinkhorn_error
+from dsv4_jax.mhc import Residual, StreamMix, Write, leave, sinkhorn_error
 from dsv4_jax.moe import MoE
 from dsv4_jax.params import param
 from dsv4_jax.shapes import Array, Bool, Int, Tokens
@@ -43,7 +43,7 @@ class Block(nn.Module):
     def __call__(
         self, residual: Residual, batch: Batch, cache: StackedCache | None = None
     ) -> tuple[Residual, LayerStats, LayerCache | None]:
-        """Return the streams with a write pending, statistics and, with a cache, its stack."""
+        """Return the streams, perhaps with a write pending, statistics and any cache's stack."""
         c, eps = self.config, self.config.rms_norm_eps
         width, ones = (c.hidden_size,), nn.initializers.ones
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
         attention = Attention(c, self.runtime, self.attention_kind, name="attention")
         x = rms_norm(x, norm, eps=eps)
         y, lesson, kept = attention(x, batch.places[self.attention_kind], cache)
-        residual = Residual(streams, Write(y, post, comb))
+        residual = leave(streams, Write(y, post, comb), c, self.runtime)
         error = sinkhorn_error(comb)
 
         mix = StreamMix(c, self.runtime, 2 * self.layer + 1, name="moe_mix")
@@ -63,8 +63,8 @@ class Block(nn.Module):
         x = rms_norm(x, norm, eps=eps)
         y, experts, load, balance_loss = moe(x, batch.tokens, batch.valid, batch.experts)
         error = jnp.maximum(error, sinkhorn_error(comb))
-        stats = LayerStats(experts, load, balance_loss, error, lesson)
-        return Residual(streams, Write(y, post, comb)), stats, kept
+        residual = leave(streams, Write(y, post, comb), c, self.runtime)
+        return residual, LayerStats(experts, load, balance_loss, error, lesson), kept
 
 
 def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:

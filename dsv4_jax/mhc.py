@@ -158,8 +158,8 @@ class Write(NamedTuple):
 class Residual(NamedTuple):
     """The streams, and what the next sublayer is to write to them before it reads.
 
-    A sublayer leaves its own write to the next one: a kernel does both and touches the streams
-    once. Where kernels run, streams are side by side, [b, t, n d]: a TPU would copy others.
+    Where kernels run, a sublayer leaves its own write to the next one: a kernel does both and
+    touches the streams once. Streams are side by side then, [b, t, n d]: a TPU would copy others.
     """
 
     streams: Streams | Float[Array, "b t columns"]
@@ -173,9 +173,26 @@ def start(streams: Streams, config: ModelConfig, runtime: Runtime) -> Residual:
     return Residual(streams)
 
 
-def with_pending(residual: Residual, config: ModelConfig) -> Residual:
-    """Have a write pending, one that changes nothing if there was none: a scan's carry has one."""
-    if residual.pending is not None:
+def leave(
+    streams: Array, write: Write, config: ModelConfig, runtime: Runtime
+) -> Residual:
+    """Leave a sublayer's write to the next one, if a kernel is to do both; else write now.
+
+    What is pending between layers would be kept for the backward pass beside the streams.
+    """
+    residual = Residual(streams, write)
+    if _implementation(streams, config, runtime) != XLA:
+        return residual
+    return Residual(finish(residual, config, runtime))
+
+
+def before_scan(residual: Residual, config: ModelConfig, runtime: Runtime) -> Residual:
+    """Have a write pending if layers leave theirs: a scan's carry does not change its form.
+
+    One that changes nothing, if there was none.
+    """
+    kernel = _implementation(residual.streams, config, runtime) != XLA
+    if residual.pending is not None or not kernel:
         return residual
     (b, t), n = residual.streams.shape[:2], config.hc_mult
     y = jnp.zeros((b, t, config.hidden_size), residual.streams.dtype)

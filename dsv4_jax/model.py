@@ -26,7 +26,7 @@ from dsv4_jax.config import LEARNED, WINDOW, ModelConfig, Runtime
 from dsv4_jax.errors import InputError
 from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
-from dsv4_jax.mhc import Residual, StreamHead, finish, start, with_pending
+from dsv4_jax.mhc import Residual, StreamHead, before_scan, finish, start
 from dsv4_jax.mtp import MultiTokenPrediction
 from dsv4_jax.params import draw, key_of, param
 from dsv4_jax.rope import frequencies, rotation
@@ -183,7 +183,7 @@ class Transformer(nn.Module):
             cache = None if caches is None else StackedCache(caches[name], jnp.int32(0))
             own = batch._replace(experts=experts.get(name))
             residual, layers[name], kept[name] = block(residual, own, cache)
-            residual = self._constrain_residual(residual)
+            residual = residual._replace(streams=self._constrain(residual.streams))
         if pairs:
             scan = nn.scan(
                 Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=(0, 0, nn.broadcast),
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
             chosen = {kind: experts[path] for kind, path in paths.items() if path in experts}
             of_pairs = None if caches is None else {kind: caches[f"pairs/{kind}"] for kind in kinds}
             (residual, of_pairs), stats = scan(c, runtime, prelude, name="pairs")(
-                (with_pending(residual, c), of_pairs), jnp.arange(pairs), chosen, batch
+                (before_scan(residual, c, runtime), of_pairs), jnp.arange(pairs), chosen, batch
             )
             layers |= {f"pairs/{kind}": stat for kind, stat in stats.items()}
             kept |= {f"pairs/{kind}": cache for kind, cache in (of_pairs or {}).items()}
@@ -205,14 +205,6 @@ class Transformer(nn.Module):
         """Sum in float32; factors are of the compute dtype, as those of the released head are."""
         logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
         return constrain(logits, "batch token vocab", self.runtime.mesh)
-
-    def _constrain_residual(self, residual: Residual) -> Residual:
-        (y, post, comb), mesh = residual.pending, self.runtime.mesh
-        pending = residual.pending._replace(
-            y=self._constrain(y), post=constrain(post, "mix batch", mesh),
-            comb=constrain(comb, "mix mix_in batch", mesh),
-        )
-        return Residual(self._constrain(residual.streams), pending)
 
     def _constrain(self, x):
         return constrain(x, "batch", self.runtime.mesh)

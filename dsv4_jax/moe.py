@@ -42,6 +42,7 @@ class Experts(nn.Module):
             x, routing, ExpertWeights(w_gate, w_up, w_down), limit=c.swiglu_limit,
             implementation=self.runtime.moe, mesh=self.runtime.mesh,
             invariant=self.runtime.batch_invariant, rounded=self.runtime.linears != PLAIN,
+            # On a mesh, too: each device runs it on the experts and tokens that it holds.
             kernel=implementation_of("moe", self.runtime.kernels),
         )
 

@@ -98,7 +98,7 @@ def compile_for(target: str, function: Callable, *arguments: jax.ShapeDtypeStruc
         reports = _gpu_reports(Path(folder)) if target in GPUS else _tpu_reports()
     kernels = _of(written, reports)
     if missing := _called(written, compiled.as_text()) - {kernel.name for kernel in kernels}:
-        raise RuntimeError(f"{target}: expected the compiler to tell of {', '.join(missing)}")
+        raise RuntimeError(f"{target}: expected the compiler to tell of {sorted(missing)}")
     return Compiled(seconds, kernels)
 
 
@@ -211,8 +211,7 @@ def all_cases() -> Iterator[Case]:
 def rows(case: Case, target: str) -> Iterator[str]:
     """Compile a case for a target and yield a row of the table for each of its kernels.
 
-    Raises:
-      jax.errors.JaxRuntimeError: the device's compiler refuses it.
+    Raises: what `compile_for` raises.
     """
     implementation = GPU if target in GPUS else TPU
     seconds, kernels = compile_for(target, case.run(implementation), *case.arguments)

@@ -19,6 +19,7 @@ class Case(NamedTuple):
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     flops: float  # that the result needs, not those that a kernel spends
     bytes: float  # read and written at least
+    slots: float = 1.0  # FLOPs of all slots, masked ones too, by those that are needed
     covered: bool = False  # another case has the same kernels, with the same blocks
     # From a random generator to the arguments that are not to be normal numbers, by their place
     # among all leaves.

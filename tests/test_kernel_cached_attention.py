@@ -13,7 +13,14 @@ from compiling import quick_jit
 from test_kernels_in_model import CONFIG
 
 from dsv4_jax.cache_format import decode_entry, encode_entry
-from pallas_kernels.cached_attention import Cached, cached_attention, cases, claims, gpu
+from pallas_kernels.cached_attention import (
+    MOST_SLOTS,
+    Cached,
+    cached_attention,
+    cases,
+    claims,
+    gpu,
+)
 from pallas_kernels.cached_attention.index import Column, Ring, Split, Steps, Tiles
 
 KERNELS = ("gpu", "tpu")
@@ -162,7 +169,8 @@ def test_any_number_of_pieces_gives_the_same(programs, monkeypatch):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_row_s_bits_do_not_depend_on_its_batch_or_the_size_of_the_cache(kernel):
+def test_a_row_s_bits_do_not_depend_on_its_batch_or_the_size_of_the_cache(kernel, monkeypatch):
+    monkeypatch.setattr(gpu, "PROGRAMS", 6)  # so that pieces of the batch would be longer
     (q, new, sink, cached), config = operands(3, 1, 4, SERVED, count=1024, slots=40)
     cached = cached._replace(end=jnp.asarray([[1024], [300], [7]], jnp.int32))
     batch = attend((q, new, sink, cached), config, kernel, invariant=True)
@@ -176,15 +184,31 @@ def test_a_row_s_bits_do_not_depend_on_its_batch_or_the_size_of_the_cache(kernel
 
 def test_no_copy_of_a_cache_is_made():
     """Before the kernel of a GPU: only views of stored rows, whatever the layer."""
-    for case in cases.cases():
-        if "Flash" not in case.name or "1 x 1, context 1,048,576" not in case.name:
-            continue
-        program = jax.make_jaxpr(case.run("gpu"))(*case.arguments)
-        copied = [
-            e.primitive.name for e in program.jaxpr.eqns for v in e.outvars
-            if v.aval.size > 2**22
-        ]
-        assert set(copied) <= {"reshape", "bitcast_convert_type", "jit"}
+    large = ("Flash: HCA, 1 x 1, context 1,048,576", "Flash: CSA, 1 x 1, context 1,048,576",
+             "Flash: window, 128 x 1, context 131,072")  # fmt: skip
+    found = {case.name: case for case in cases.cases()}
+    for name in large:
+        program = jax.make_jaxpr(found[name].run("gpu"))(*found[name].arguments)
+        assert large_results(program.jaxpr) == {"reshape", "bitcast_convert_type"}
+
+
+def large_results(program) -> set[str]:
+    """Return what makes arrays of more than four million elements, within functions, too."""
+    made = set()
+    for equation in program.eqns:
+        if equation.primitive.name == "jit":
+            made |= large_results(equation.params["jaxpr"].jaxpr)
+        elif any(out.aval.size > 2**22 for out in equation.outvars):
+            made.add(equation.primitive.name)
+    return made
+
+
+def test_an_end_beyond_the_entries_is_theirs():
+    """As of padding after the last token of a cache that is full."""
+    (q, new, sink, cached), config = operands(2, 2, 4, SERVED, count=20)
+    ends = [cached._replace(end=jnp.full((2, 2), end, jnp.int32)) for end in (20, 21)]
+    found = [np.asarray(attend((q, new, sink, x), config, "gpu")) for x in ends]
+    np.testing.assert_array_equal(*found)
 
 
 def test_what_does_not_fit_together_is_refused():
@@ -200,6 +224,11 @@ def test_what_does_not_fit_together_is_refused():
     (q, new, sink, cached), _ = operands(1, 9, 4, "float32")
     with pytest.raises(ValueError, match="at most 8 tokens of a row"):
         cached_attention(q, new, sink, cached, rotated=8, implementation="gpu")
+    wide = jnp.zeros((1, 1, MOST_SLOTS + 1, q.shape[3]))
+    with pytest.raises(ValueError, match="ring of at most 1024 slots .* got 1025"):
+        cached_attention(
+            q[:, :1], new[:, :1], sink, cached._replace(ring=wide), rotated=8, implementation="tpu"
+        )
     with pytest.raises(ValueError, match="at most 4 tokens, the ring's, got 9"):
         cached_attention(
             q, new, sink, cached._replace(ring=cached.ring[:, :, :4]), rotated=8

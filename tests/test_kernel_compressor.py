@@ -16,7 +16,7 @@ from dsv4_jax.layers import rms_norm
 from dsv4_jax.rope import Rotation, rotate
 from pallas_kernels.compressor import claims, compress, present
 from pallas_kernels.compressor.index import Block, Rows
-from pallas_kernels.compressor.rounding import round_entries
+from pallas_kernels.rounding import round_entries
 
 pytestmark = pytest.mark.heavy  # a minute of compiling
 

@@ -174,7 +174,7 @@ class Attention(nn.Module):
                 stored_keys = StoredEntries(index.entries, layer, c, index_form)
                 out = attend_best(
                     q, kv, sink, stored, stored_keys, asked, **common,
-                    choice=self.runtime.implementation("indexer"),
+                    implementation=self.runtime.implementation("indexer"),
                 )
                 return out, LayerCache(window, main, index)
         out = attend_all(q, kv, sink, stored, **common)

@@ -95,6 +95,8 @@ def _lesson(
       best: the choice among all entries that are attended to; None: they are chosen, or so few
         that all would be.
     """
+    if not entries.shape[1]:
+        return Lesson(*jnp.zeros((3, *q.shape[:2])))
     divergence, recall = index_loss.index_loss(
         *jax.lax.stop_gradient((q, entries, log_total)), *index, seen, best,
         runtime.implementation("index_loss"),
@@ -121,12 +123,14 @@ def over_cache(
     if q.shape[1] > min(cached_attention.MOST_TOKENS, config.sliding_window):
         return None
     implementation, rotated = runtime.implementation("cached_attention"), config.qk_rope_head_dim
+    ring = cache.stack.window
     chosen = cached_attention.choose_for(
-        q, rotated, runtime.entry_format == SERVED, implementation
+        q, ring.shape[2], rotated, runtime.entry_format == SERVED, implementation
     )
     if chosen == XLA:
         return None
-    cached = Cached(cache.stack.window, cache.layer, start)
+    # A row without tokens may start before them; its output means nothing.
+    cached = Cached(ring, cache.layer, jnp.maximum(start, 0))
 
     def kernel(**entries) -> Queries:
         return cached_attention.cached_attention(

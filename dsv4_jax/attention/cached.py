@@ -68,8 +68,7 @@ def sees_all_entries(config: ModelConfig) -> bool:
 def read_and_write_window(
     ring: Array, layer: Int[Array, ""], keys: Keys, span: Span, config: ModelConfig, form: str
 ) -> tuple[Earlier, Keys, Array, Array]:
-    """Return the keys that came before, the new ones rounded and stored, and the ring with these.
-    """
+    """Return the keys that came before, the new ones, these as stored, and the ring with them."""
     stored = encode_entry(keys, config, form)
     before, keys = (decode_entry(x, config, form, keys.dtype) for x in (ring[layer], stored))
     earlier = Earlier(before, ring_positions(span.start, ring.shape[2]), span.start)
@@ -109,17 +108,17 @@ def attend_all(
 def attend_best(
     q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries,
     index_keys: StoredEntries, asked: IndexQueries, *, window: int, layout: EntryLayout,
-    earlier: Earlier, choice: str = XLA, kernel: Callable | None = None,
+    earlier: Earlier, implementation: str = XLA, kernel: Callable | None = None,
 ) -> Queries:
     """Attend each query to its window and to its best visible entries by index score.
 
     Args:
       index_keys: of all entries.
       asked: the queries of the indexer.
-      choice: the implementation that scores and chooses entries.
+      implementation: of the choice of entries.
       kernel: attends, if given, as `by_kernel.over_cache` returns it.
     """
-    index, exists = select_entries(index_keys, asked, layout.end, choice)
+    index, exists = select_entries(index_keys, asked, layout.end, implementation)
     if kernel is not None:
         return kernel(entries=stored.entries, chosen=jnp.where(exists, index, -1))
 

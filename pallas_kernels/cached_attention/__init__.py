@@ -15,21 +15,22 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.cached_attention import gpu, reference, tpu
 from pallas_kernels.cached_attention.formats import Form, decode
 from pallas_kernels.implementation import AUTO, XLA, choose
-from pallas_kernels.target import GPU, TPU
+from pallas_kernels.target import GPU, TPU, target_platform
 
-__all__ = ["MOST_TOKENS", "Cached", "cached_attention", "choose_for"]
+__all__ = ["MOST_SLOTS", "MOST_TOKENS", "Cached", "cached_attention", "choose_for"]
 
 KERNELS = {GPU: gpu, TPU: tpu}
 WORTHWHILE = 64  # channels: fewer leave most of a kernel's tiles empty
 MOST_TOKENS = 8  # of a row in one call
 MOST_HEADS = 128
+MOST_SLOTS = 1024  # of a ring, which a TPU decodes at once
 
 
 class Cached(NamedTuple):
     """Stored rows of z layers, and which of them queries see.
 
     Of entries a query sees those before `end`, or the chosen ones; where there are entries, one of
-    both is given.
+    both is given. An end beyond the entries counts as theirs.
     """
 
     ring: Array  # [z, b, slots, width], before the call's tokens: at positions modulo the slots
@@ -60,32 +61,42 @@ def cached_attention(
     Source: report 2.3; fact sheet 2.3, 2.5 and 2.8.
     """
     form = _check(q, new, sink, cached, rotated)
-    chosen = choose_for(q, form.rotated, form.served, implementation)
+    chosen = choose_for(q, cached.ring.shape[2], form.rotated, form.served, implementation)
     if cached.entries is not None and not cached.entries.shape[2]:
         cached = cached._replace(entries=None, end=None, chosen=None)
+    if cached.end is not None:
+        cached = cached._replace(end=jnp.clip(cached.end, 0, cached.entries.shape[2]))
     if chosen == XLA:
         return _plain(q, new, sink, cached, form)
     return KERNELS[chosen].forward(q, new, sink, cached, form, invariant)
 
 
 def choose_for(
-    q: Float[Array, "b t h k"], rotated: int, served: bool, implementation: str
+    q: Float[Array, "b t h k"], slots: int, rotated: int, served: bool, implementation: str
 ) -> str:
     """Return "xla", "gpu" or "tpu".
 
+    Args:
+      slots: of the ring.
     Raises:
       ValueError: there is no such implementation, or its kernels do not take these queries.
     """
     t, h, k = q.shape[1:]
     even = not served or (k - rotated) % 2 == 0
     fits = t <= MOST_TOKENS and h <= MOST_HEADS and even
-    worthwhile = k >= WORTHWHILE and q.dtype == jnp.bfloat16 and fits
+    small = slots <= MOST_SLOTS or target_platform() != TPU
+    worthwhile = k >= WORTHWHILE and q.dtype == jnp.bfloat16 and fits and small
     chosen = choose("cached_attention", implementation, worthwhile=worthwhile)
     if chosen != XLA and not fits:
         raise ValueError(
             f"cached_attention: expected at most {MOST_TOKENS} tokens of a row, at most "
             f"{MOST_HEADS} heads and an even number of FP8 channels for a kernel, got {t}, {h} "
             f"and {k - rotated}"
+        )
+    if chosen == TPU and slots > MOST_SLOTS:
+        raise ValueError(
+            f"cached_attention: expected a ring of at most {MOST_SLOTS} slots for the kernel of a "
+            f"TPU, which holds it whole, got {slots}"
         )
     return chosen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pallas_kernels.cached_attention import gpu, tpu
 from pallas_kernels.cached_attention.formats import Form, parts_of
 from pallas_kernels.cached_attention.index import (
     Column,
@@ -25,9 +26,8 @@ OPERATION = "cached_attention"
 TOKENS = 2**20  # in a row, at most
 SLOTS = (8, 128, 4096)  # of a ring
 MOST_TOKENS = 8  # of a call
-TILES = (32, 64)
-PARTS, LEAST = (2, 9, 16, 264), (2, 4)
-BLOCK = 256  # entries, on TPU
+TILES = (gpu.TUNING.keys,)
+PARTS = (2, 9, gpu.INVARIANT_PARTS, gpu.PROGRAMS)
 FORM = Form(512, 64, True)  # of V4
 WIDE = 2**32  # bytes: places in larger arrays have 64 bits
 
@@ -41,9 +41,8 @@ def proofs(
         yield _ring(ring, slots)
         for tile in TILES:
             yield _tiles(tiles, tile, slots)
-    for least in LEAST:
-        for parts in PARTS:
-            yield _pieces(split, parts, least)
+    for parts in PARTS:
+        yield _pieces(split, parts, gpu.LEAST)
     yield _columns(column)
     yield _offsets()
     yield _steps(steps)
@@ -159,18 +158,18 @@ def _steps(kind: type[Steps]) -> Proof:
     proof = Proof(OPERATION, "TPU, blocks of entries")
     count = proof.integer("entries", 1, TOKENS)
     end = proof.integer("end", 0, count)
-    steps = kind(BLOCK)
-    blocks = div(count + BLOCK - 1, BLOCK)
+    steps = kind(tpu.ENTRIES)
+    blocks = div(count + tpu.ENTRIES - 1, tpu.ENTRIES)
     step = proof.integer("step", 0, blocks)
     read = steps.read(step, end)
     proof.state("blocks that are read exist", (read >= 0) & (read < blocks))
     proof.state("a wanted block is the one that is read",
                 steps.wanted(step, end).implies(read == steps.block(step)))
     entry = proof.integer("entry", 0, count - 1)
-    own = div(entry, BLOCK) + 1
+    own = div(entry, tpu.ENTRIES) + 1
     proof.state("every entry before the end has a step", (entry < end).implies(
-        (own <= blocks) & steps.wanted(own, end) & (steps.block(own) == div(entry, BLOCK))
+        (own <= blocks) & steps.wanted(own, end) & (steps.block(own) == div(entry, tpu.ENTRIES))
     ))
     place = entry - steps.first(own)
-    proof.state("at a place of its block", (place >= 0) & (place < BLOCK))
+    proof.state("at a place of its block", (place >= 0) & (place < tpu.ENTRIES))
     return proof

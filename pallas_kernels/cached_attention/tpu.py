@@ -191,7 +191,8 @@ def decode_rows(rows: Array, form: Form, dtype) -> Float[Array, "s k"]:
     bits = (low.astype(jnp.int32) << 16) | (high.astype(jnp.int32) << 24)
     turned_values = jax.lax.bitcast_convert_type(bits, jnp.float32)
     last = jnp.where(turned >= 0, turned_values, values[:, first:])
-    return jnp.concatenate([values[:, :first], last], axis=1).astype(dtype)
+    values = jnp.concatenate([values[:, :first], last], axis=1) if first else last
+    return values.astype(dtype)
 
 
 def _divides(channel, size: int, group):

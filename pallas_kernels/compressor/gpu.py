@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.blocks import power_of_two
 from pallas_kernels.compressor.form import Form, Operands
 from pallas_kernels.compressor.index import Block, Channels, parts
-from pallas_kernels.compressor.rounding import E4M3, nearest
 from pallas_kernels.index_math import Index, cdiv
+from pallas_kernels.rounding import E4M3, nearest
 from pallas_kernels.target import GPU, target_platform
 
 ELEMENTS = 4096  # of values that a program loads at once

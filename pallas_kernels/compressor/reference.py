@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.compressor.rounding import round_entries
+from pallas_kernels.rounding import round_entries
 
 
 def compress(

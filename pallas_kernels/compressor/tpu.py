@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.compressor.form import Form, Operands
-from pallas_kernels.compressor.rounding import E4M3, nearest
 from pallas_kernels.compressor.tpu_fitted import (
     LANES,
     Sizes,
@@ -22,6 +21,7 @@ from pallas_kernels.compressor.tpu_fitted import (
     token_scratch,
 )
 from pallas_kernels.compressor.tpu_tile import Tile, indices, inverse_rms, lanes, swapped
+from pallas_kernels.rounding import E4M3, nearest
 
 
 def forward(x: Operands, form: Form) -> Float[Array, "b c k"]:

@@ -130,8 +130,6 @@ def named(refs, sizes: Sizes) -> tuple[Fitted, tuple]:
     return Fitted(*refs, None), ()
 
 
-
-
 def token_scratch(sizes: Sizes) -> list:
     """Return memory for 128 channels of values and gates."""
     return [floats(sizes.rows.tokens, LANES)] * 2

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pallas_kernels.index_loss import gpu_keys
+from pallas_kernels.index_loss import gpu, gpu_keys
 from pallas_kernels.index_loss.index import Slots
 from pallas_kernels.prove import Proof
 from pallas_kernels.sparse_attention.index import Bits, Entries
 
 OPERATION = "index_loss"
 TOKENS = 2**20  # in a row, at most
-TILES = (16, 32)  # of entries, for a query
+# Of entries, for a query.
+TILES = {gpu.FORWARD_CHOSEN.entries, gpu.FORWARD_RANGE.entries, gpu.GRADIENT_CHOSEN.entries,
+         gpu.GRADIENT_RANGE.entries, gpu.GRADIENT_RANGE_MANY.entries}  # fmt: skip
 
 
 def proofs(slots: type[Slots] = Slots, entries: type[Entries] = Entries) -> Iterator[Proof]:
     """Yield what is to be proved, of the index functions of these kinds."""
     yield _slots(slots, gpu_keys.TILES.entries)
-    for tile in TILES:
+    for tile in sorted(TILES):
         yield _range(entries, tile)
 
 

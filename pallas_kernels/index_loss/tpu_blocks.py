@@ -23,7 +23,6 @@ from pallas_kernels.sparse_attention.tpu_queries import (
 )
 
 MEMORY = 48 * 2**20
-WORD = LANES * 32  # entries whose bits fill a row of words
 
 
 class Fitted(NamedTuple):

@@ -77,7 +77,7 @@ def select_stored(
                 order[:, pl.ds(base + n, 1), :] = found[:, None, n * LANES : (n + 1) * LANES]
             return done
 
-        @pl.when(step <= last_ref[row])
+        @pl.when(steps.wanted(step, 0, last_ref[row]))
         def _():
             jax.lax.fori_loop(0, TILED.block // TILED.tile, score_tile, 0)
 

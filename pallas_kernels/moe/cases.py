@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from pallas_kernels.case import Case
 from pallas_kernels.moe import Fp4, routed_experts, routed_experts_fp4
 
 LIMIT = 10.0
+GRADIENT = "gradient"
 CHOICES = 6
 
 
@@ -32,7 +33,7 @@ def cases() -> Iterator[Case]:
     """Yield the forward pass and its gradient for training, and the forward pass for decoding."""
     for model, shape in SHAPES.items():
         for name, run, tokens, products in (
-            ("forward", _forward, TRAINING, 3), ("gradient", _gradient, TRAINING, 9),
+            ("forward", _forward, TRAINING, 3), (GRADIENT, _gradient, TRAINING, 9),
             ("decoding", _forward, DECODING, 3),
         ):
             yield _case(model, shape, name, run, tokens, products)
@@ -89,9 +90,15 @@ def _forward(implementation: str):
 
 
 def _gradient(implementation: str):
+    return gradient_of(_forward(implementation))
+
+
+def gradient_of(forward: Callable) -> Callable:
+    """Return what computes the sum of all outputs and its gradients."""
+
     def gradient(x, experts, *others):
         def loss(x, *others):
-            return jnp.sum(_forward(implementation)(x, experts, *others).astype(jnp.float32))
+            return jnp.sum(forward(x, experts, *others).astype(jnp.float32))
 
         return jax.value_and_grad(loss, argnums=tuple(range(5)))(x, *others)
 

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.rounding import E4M3, round_plain
 
 BYTES = 16  # of codes that share a scale
-GROUP = 128  # channels of a token that share one
-FLOOR = 1e-4  # the least that they are scaled for
-LARGEST = 448.0  # E4M3
+TOKENS = E4M3._replace(group=128)  # channels of a token that share one
 
 
 class Fp4(NamedTuple):
@@ -67,16 +66,7 @@ def round_tokens(x: Float[Array, "n k"]) -> Float[Array, "n k"]:
 
     The gradient is that of x itself.
     """
-    columns = x.shape[1]
-    groups = pad_axes(x.astype(jnp.float32), {1: GROUP}).reshape(x.shape[0], -1, GROUP)
-    largest = jnp.maximum(jnp.max(jnp.abs(groups), axis=2, keepdims=True), FLOOR)
-    # Between two powers of two the bits of a float32 count its values.
-    above, below = (jax.lax.bitcast_convert_type(v, jnp.int32) for v in
-                    (largest, jnp.float32(LARGEST)))  # fmt: skip
-    exponent = (above - below + (1 << 23) - 1) >> 23
-    codes = (groups * powers(127 - exponent)).astype(jnp.float8_e4m3fn)
-    rounded = codes.astype(jnp.float32) * powers(127 + exponent)
-    return rounded.reshape(x.shape[0], -1)[:, :columns].astype(x.dtype)
+    return round_plain(x.astype(jnp.float32), TOKENS).astype(x.dtype)
 
 
 @round_tokens.defjvp

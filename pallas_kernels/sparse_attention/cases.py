@@ -47,14 +47,16 @@ def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) ->
     arguments.append(jax.ShapeDtypeStruct((model.heads,), jnp.float32))
     numbers = [(1, tokens)] * (3 if entries else 1) + [(1, tokens, model.topk)] * (kind == CSA)
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
-    flops = 4 * model.heads * WIDTH * _pairs(model, kind, tokens) * (3.5 if backward else 1)
+    pairs = _pairs(model, kind, tokens)
+    flops = 4 * model.heads * WIDTH * pairs * (3.5 if backward else 1)
+    slots = tokens * (WINDOW + {CSA: model.topk, HCA: entries}.get(kind, 0))
     own = 2 * tokens * model.heads * WIDTH * 2 * (2 if backward else 1)
     gathered = 2 * (tokens + entries) * WIDTH + 4 * tokens * model.topk * (kind == CSA)
     direction = "forward and backward" if backward else "forward"
     return Case(
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
-        own + gathered, covered=not backward,
+        own + gathered, slots / pairs, covered=not backward,
         special=_numbers(model, kind, tokens, len(arguments) - len(numbers)),
     )
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.index_math import cdiv
 from pallas_kernels.sparse_attention.gpu_queries import LOG2_E, Rows
 from pallas_kernels.sparse_attention.index import Entries, Shares
 from pallas_kernels.target import GPU, target_platform
@@ -37,7 +38,7 @@ TILES = Tiles(64, 32, 8, 8, 2)
 BYTES = 2**29  # of the shares of a part of the queries, at most
 # A pair of a query and an entry takes 8 h k operations in either form, and 8 k bytes here. On an
 # H100 that is about 2.5 times the time at 64 heads; over all queries half of the pairs are masked
-# because the entry comes later. Not measured.
+# because the entry comes later. Not measured; of short documents in long rows it takes less.
 MANY = 6
 
 
@@ -52,35 +53,43 @@ def chosen_gradient(
     """Return the gradient of the entries, of which queries see the chosen ones.
 
     Args:
-      chosen: a multiple of the tile's entries for each query.
+      chosen: numbers of entries, each once; negative: none.
     """
-    (b, c, k), slots = entries.shape, chosen.shape[2]
-    heads = min(TILES.heads, rows.q.shape[2])
-    shares = Shares(slots, rows.q.shape[2] // heads)
-    offset = jnp.arange(b)[:, None, None] * c
-    chosen = jnp.where(chosen < 0, -1, chosen + offset)
-    queries = [x.reshape(-1, *x.shape[2:]) for x in (*rows, chosen + 1)]
-    part = min(max(1, BYTES // (4 * shares.of_query * k)), len(queries[0]))
-    queries = [pad_axes(x, {0: part}) for x in queries]
-    parts = [x.reshape(-1, part, *x.shape[1:]) for x in queries]
-    flat = entries.reshape(b * c, k)
+    (b, c, k), heads = entries.shape, min(TILES.heads, rows.q.shape[2])
+    chosen = jnp.where(chosen < 0, -1, chosen + jnp.arange(b)[:, None, None] * c)
+    chosen = pad_axes(chosen + 1, {2: TILES.entries}) - 1
+    shares = Shares(chosen.shape[2], rows.q.shape[2] // heads)
+    queries = [x.reshape(-1, *x.shape[2:]) for x in (*rows, chosen)]
+    count, flat = len(queries[0]), entries.reshape(b * c, k)
+    part = min(max(1, BYTES // (4 * shares.of_query * k)), count)
 
-    def add(total, part):
-        *rows, chosen = part
-        given = _shares(Rows(*rows), flat, chosen - 1, heads, scale)
-        return _add_up(total, given, chosen - 1, shares), None
+    def add(i, total):
+        # The last part may begin earlier, to end with the queries; those before gave already.
+        start = jnp.minimum(i * part, count - part)
+        *own, chosen = (jax.lax.dynamic_slice_in_dim(x, start, part) for x in queries)
+        fresh = start + jnp.arange(part) >= i * part
+        chosen = jnp.where(fresh[:, None], chosen, -1)
+        given = _shares(Rows(*own), flat, chosen, heads, scale)
+        return _add_up(total, given, chosen, shares)
 
-    total, _ = jax.lax.scan(add, jnp.zeros(flat.shape, jnp.float32), parts)
+    total = jnp.zeros(flat.shape, jnp.float32)
+    total = jax.lax.fori_loop(0, cdiv(count, part), add, total)
     return total.reshape(entries.shape).astype(entries.dtype)
 
 
 def _shares(
     rows: Rows, entries: Float[Array, "c k"], chosen: Int[Array, "t l"], heads: int, scale: float
 ) -> Float[Array, "t g l k"]:
-    """Return what each query and group of heads gives to each chosen entry."""
+    """Return what each query and group of heads gives to each chosen entry.
+
+    Nothing is written for tiles behind the last chosen one.
+    """
     tiles, (t, slots), k = TILES, chosen.shape, entries.shape[1]
 
-    def kernel(q_ref, grad_ref, total_ref, drop_ref, entries_ref, chosen_ref, out_ref):
+    last = jnp.max(jnp.where(chosen >= 0, jnp.arange(slots), -1), axis=1)
+    used = cdiv(last + 1, tiles.entries).astype(jnp.int32)
+
+    def kernel(q_ref, grad_ref, total_ref, drop_ref, entries_ref, chosen_ref, used_ref, out_ref):
         q, grad = q_ref[...], grad_ref[...]
         log_total, drop = total_ref[...] * LOG2_E, drop_ref[...]
 
@@ -96,7 +105,7 @@ def _shares(
             out_ref[part, :] = given + plgpu.dot(error.astype(kv.dtype), q, trans_a=True)
             return done + 1
 
-        jax.lax.fori_loop(0, slots // tiles.entries, tile, jnp.int32(0))
+        jax.lax.fori_loop(0, used_ref[...], tile, jnp.int32(0))
 
     groups = rows.q.shape[1] // heads
     of_rows = pl.BlockSpec((None, heads, k), lambda i, g: (i, g, 0))
@@ -108,13 +117,14 @@ def _shares(
             of_rows, of_rows, of_row, of_row,
             pl.BlockSpec(entries.shape, lambda i, g: (0, 0)),
             pl.BlockSpec((None, slots), lambda i, g: (i, 0)),
+            pl.BlockSpec((None,), lambda i, g: i),
         ],
         out_specs=pl.BlockSpec((None, None, slots, k), lambda i, g: (i, g, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((t, groups, slots, k), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=target_platform() != GPU,
         name="entry_shares",
-    )(*rows, entries, chosen)
+    )(*rows, entries, chosen, used)
 
 
 def _add_up(

@@ -1,6 +1,7 @@
-"""Rounding of entries to FP8, by arithmetic on float32 that every device does alike.
+"""Rounding to FP8, by arithmetic on float32 that every device does alike.
 
 Groups of channels share a power of two, the least that brings them into the range of the codes.
+Conversions to FP8 or bfloat16 and back would not do: XLA leaves such a pair out on GPU.
 """
 
 from __future__ import annotations
@@ -68,12 +69,16 @@ def round_entries(x: Float[Array, "*s k"], rotated: int) -> Float[Array, "*s k"]
     """
     plain, turned = jnp.split(x, [x.shape[-1] - rotated], axis=-1)
     plain = round_plain(plain.astype(jnp.float32), E4M3).astype(x.dtype)
-    return jnp.concatenate([plain, turned.astype(jnp.bfloat16).astype(x.dtype)], axis=-1)
+    return jnp.concatenate([plain, _to_bfloat16(turned)], axis=-1)
 
 
 @round_entries.defjvp
 def _pass_on(rotated, primals, tangents):
     return round_entries(*primals, rotated), *tangents
+
+
+def _to_bfloat16(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def _bits(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
