@@ -14,6 +14,8 @@ from pallas_kernels.cross_entropy import claims, gpu, token_nats, token_scores, 
 from pallas_kernels.cross_entropy.index import LogitGrid
 from pallas_kernels.prove import Proof
 
+pytestmark = pytest.mark.heavy  # a minute of compiling
+
 KERNELS = ("gpu", "tpu")
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order
 BFLOAT16 = 2**-8  # of the largest value: exponentials and errors are rounded, each to 2^-9

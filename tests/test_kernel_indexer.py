@@ -15,6 +15,8 @@ from pallas_kernels.indexer.index import Programs, Rounds, Steps
 from pallas_kernels.sparse_attention import Seen
 from pallas_kernels.sparse_attention.seen import unpacked
 
+pytestmark = pytest.mark.heavy  # a minute of compiling
+
 KERNELS = ("gpu", "tpu")
 # Rows, tokens, heads, width, entries, best: one entry, fewer than are kept, several rounds.
 SHAPES = [

@@ -18,6 +18,8 @@ from pallas_kernels.sparse_attention import (
 from pallas_kernels.sparse_attention.index import Bits, Blocks, Entries, Shares, Split, Window
 from pallas_kernels.sparse_attention.seen import pack_chosen
 
+pytestmark = pytest.mark.heavy  # a minute of compiling
+
 KERNELS = ("gpu", "tpu")
 ROUNDING = 1e-5  # of the largest value: float32 sums in another order
 BFLOAT16 = 2**-6  # of the largest value: weights and results rounded, in other places
@@ -100,20 +102,12 @@ def close(actual, wanted, tolerance):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", ("window", "range", "chosen"))
-@pytest.mark.parametrize(
-    "case",
-    [case if case == "documents" else pytest.param(case, marks=pytest.mark.heavy)
-     for case in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_definition(case, kind, kernel):
     check_values_and_gradients(case, kind, kernel)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case if case == "documents" else pytest.param(case, marks=pytest.mark.heavy)
-     for case in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_entries_gather_what_queries_give_them(case, monkeypatch):
     """As on GPU if there are many entries; here in parts of a few queries, the last one short."""
     monkeypatch.setattr(gpu_chosen, "MANY", 0)
