@@ -101,8 +101,9 @@ def _shares(
             logits = jnp.where((entry >= 0)[None, :], logits, -jnp.inf)
             weights = jnp.exp2(logits - log_total[:, None])
             error = weights * (plgpu.dot(grad, kv, trans_b=True) - drop[:, None]) * scale
-            given = plgpu.dot(weights.astype(kv.dtype), grad, trans_a=True)
-            out_ref[part, :] = given + plgpu.dot(error.astype(kv.dtype), q, trans_a=True)
+            given = plgpu.dot(grad, weights.astype(kv.dtype), trans_a=True)
+            given += plgpu.dot(q, error.astype(kv.dtype), trans_a=True)
+            out_ref[part, :] = given.T
             return done + 1
 
         jax.lax.fori_loop(0, used_ref[...], tile, jnp.int32(0))
