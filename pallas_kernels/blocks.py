@@ -22,7 +22,9 @@ def power_of_two(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def pad_axes(x: Array, multiples: dict[int, int]) -> Array:
-    """Fill axes up with zeros to multiples, given by axis."""
+def pad_axes(x: Array, multiples: dict[int, int], fill: int = 0) -> Array:
+    """Fill axes up to multiples, given by axis."""
     missing = [-size % multiples.get(axis, 1) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, [(0, n) for n in missing]) if any(missing) else x
+    if not any(missing):
+        return x
+    return jnp.pad(x, [(0, n) for n in missing], constant_values=fill)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import power_of_two
 from pallas_kernels.cached_attention.index import Column
+from pallas_kernels.codes import powers
 
 GROUP = 64  # channels of one power of two
 UNIT = 8  # bytes that powers of two are filled up to a multiple of
@@ -100,16 +101,11 @@ def decode(rows: Array, form: Form) -> Float[Array, "*rows k"]:
     if not form.served:
         return rows.astype(jnp.float32)
     codes = jax.lax.bitcast_convert_type(rows[..., : form.plain], jnp.float8_e4m3fn)
-    scales = power(rows[..., form.scales :][..., : form.groups].astype(jnp.int32))
+    scales = powers(rows[..., form.scales :][..., : form.groups])
     values = codes.astype(jnp.float32) * jnp.repeat(scales, GROUP, axis=-1)[..., : form.plain]
     turned = rows[..., form.plain : form.scales].reshape(*rows.shape[:-1], form.rotated, 2)
     turned = jax.lax.bitcast_convert_type(turned, jnp.bfloat16)
     return jnp.concatenate([values, turned.astype(jnp.float32)], axis=-1)
-
-
-def power(exponent: Array) -> Array:
-    """Return the power of two of a stored byte: the bits of float32's exponent."""
-    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
 def words(x: Array, form: Form) -> Array:

@@ -7,7 +7,6 @@ total, which are added in the order of the pieces.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,26 +23,16 @@ from pallas_kernels.cached_attention.formats import (
     Part,
     Parts,
     parts_of,
-    power,
     words,
 )
 from pallas_kernels.cached_attention.index import Ring, Split, Tiles, sees_new
+from pallas_kernels.codes import powers
 from pallas_kernels.index_math import cdiv, div, mod
+from pallas_kernels.sparse_attention import gpu_queries
+from pallas_kernels.sparse_attention.gpu_queries import LOG2_E, softmax_fold
 from pallas_kernels.target import GPU, target_platform
 
-LOG2_E = math.log2(math.e)  # exponentials are those of 2
-
-
-class Tuning(NamedTuple):
-    """How the work is cut up."""
-
-    heads: int  # of a query in one program
-    keys: int  # of a tile
-    warps: int
-    stages: int  # tiles whose loads are under way
-
-
-TUNING = Tuning(64, 32, 8, 2)
+TUNING = gpu_queries.Tiles(64, 32, 8, 2)
 PROGRAMS = 264  # two for each of an H100's multiprocessors, to share them evenly
 LEAST = 4  # tiles of a piece: what it leaves behind is as large as some seven tiles of FP8
 INVARIANT_PARTS = 16
@@ -84,7 +73,7 @@ def fitted(q, new, sink, cached, form: Form, parts: Parts) -> Fitted:
     entries, chosen, end = cached.entries, cached.chosen, jnp.zeros(b * t, jnp.int32)
     if chosen is not None:
         end = jnp.full(b * t, chosen.shape[2], jnp.int32)
-        chosen = pad_axes(chosen.reshape(b * t, -1) + 1, {1: TUNING.keys}) - 1
+        chosen = pad_axes(chosen.reshape(b * t, -1), {1: TUNING.keys}, fill=-1)
     elif entries is not None:
         end = cached.end.reshape(b * t).astype(jnp.int32)
     return Fitted(
@@ -118,16 +107,7 @@ def attend(
         kv_refs, outs = refs[: len(refs) - (1 if alone else 3)], refs[-1 if alone else -3 :]
         query, part = pl.program_id(0), pl.program_id(2)
         q = q_ref[...]
-
-        def fold(state, kv, visible):
-            top, total, out = state
-            logits = plgpu.dot(q, kv, trans_b=True) * (scale * LOG2_E)
-            logits = jnp.where(visible[None, :], logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
-            weights, shrink = jnp.exp2(logits - new_top[:, None]), jnp.exp2(top - new_top)
-            out = out * shrink[:, None] + plgpu.dot(weights.astype(kv.dtype), kv)
-            return new_top, total * shrink + jnp.sum(weights, axis=1), out
-
+        fold = softmax_fold(q, scale)
         # The sink is part of every softmax, so that it makes a finite first maximum.
         top = sink_ref[...] * LOG2_E
         total = jnp.where(part == 0, jnp.ones_like(top), jnp.zeros_like(top))
@@ -237,7 +217,7 @@ def read_rows(ref, rows, parts: Parts, dtype) -> Float[Array, "rows k"]:
             # Exact in bfloat16: codes have four significant bits.
             found = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(dtype)
             scale = ref[(*lead, rows, part.scale)].astype(jnp.int32)
-            found *= power((scale >> part.scale_shift) & 255).astype(dtype)[:, None]
+            found *= powers((scale >> part.scale_shift) & 255).astype(dtype)[:, None]
         elif found.dtype == jnp.uint16:
             found = jax.lax.bitcast_convert_type(found, jnp.bfloat16)
         found = found.astype(dtype)

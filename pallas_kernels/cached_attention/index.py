@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pallas_kernels.index_math import Index, Truth, cdiv, div, maximum, minimum, mod, where
+from pallas_kernels.index_math import Index, Truth, cdiv, maximum, minimum, mod, where
+from pallas_kernels.sparse_attention.index import last_block
 
 
 class Ring(NamedTuple):
@@ -126,5 +127,4 @@ class Steps(NamedTuple):
 
     def read(self, step: Index, end: Index) -> Index:
         """Return the block that is in memory at a step: those past the end are not read."""
-        last = div(maximum(end, 1) - 1, self.entries)
-        return maximum(minimum(self.block(step), last), 0)
+        return maximum(minimum(self.block(step), last_block(end, self.entries)), 0)

@@ -16,8 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
-from pallas_kernels.cached_attention.formats import GROUP, Form, power
+from pallas_kernels.cached_attention.formats import GROUP, Form
 from pallas_kernels.cached_attention.index import Ring, Steps, sees_new
+from pallas_kernels.codes import powers
+from pallas_kernels.sparse_attention.tpu_queries import fold_softmax, numbers_of, product
 from pallas_kernels.target import TPU, target_platform
 
 ENTRIES = 256  # of a block
@@ -42,7 +44,7 @@ def forward(
     entries, chosen = cached.entries, cached.chosen
     end = jnp.zeros((b, t), jnp.int32)
     if chosen is not None:
-        chosen = pad_axes(chosen + 1, {2: ENTRIES}) - 1
+        chosen = pad_axes(chosen, {2: ENTRIES}, fill=-1)
         end = jnp.full((b, t), chosen.shape[2], jnp.int32)
         rows = jnp.arange(b)[:, None, None]
         entries = entries[cached.layer, rows, jnp.maximum(chosen, 0)]
@@ -74,20 +76,15 @@ def attend(
         start, end = start_ref[row], end_ref[row, place]
 
         def fold(kv, seen):
-            logits = _product(q_ref[...], kv, 1) * k**-0.5
-            logits = jnp.where(seen, logits, -jnp.inf)
-            new_top = jnp.maximum(top[...], jnp.max(logits, axis=1, keepdims=True))
-            weights, shrink = jnp.exp(logits - new_top), jnp.exp(top[...] - new_top)
-            top[...] = new_top
-            total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-            out[...] = out[...] * shrink + _product(weights.astype(kv.dtype), kv, 0)
+            logits = product(q_ref[...], kv, 1, 1) * k**-0.5
+            fold_softmax(jnp.where(seen, logits, -jnp.inf), kv, top, total, out)
 
         @pl.when(step == 0)
         def _():
             # The sink is part of every softmax, so that it makes a finite first maximum.
             top[...], total[...] = sink_ref[...], jnp.ones_like(total)
             out[...] = jnp.zeros_like(out)
-            key = _numbers(keys.shape[1], 1)
+            key = numbers_of(1, keys.shape[1], 1)
             seen = Ring(slots).sees(place, key, start) & (key < slots)
             seen |= (key >= slots) & sees_new(place, key - slots)
             fold(decode_rows(keys_ref[...], form, q.dtype), seen)
@@ -130,10 +127,10 @@ def _entries(refs, first, end, form: Form, dtype) -> tuple[Array, Array]:
     entries_ref, *chosen_refs = refs
     kv = decode_rows(entries_ref[...], form, dtype)
     # What lies past the array is anything, not a number perhaps.
-    kv = jnp.where(first + _numbers(ENTRIES, 0) < end, kv, 0)
+    kv = jnp.where(first + numbers_of(ENTRIES, 1, 0) < end, kv, 0)
     if chosen_refs:
         return kv, chosen_refs[0][...] >= 0
-    return kv, first + _numbers(ENTRIES, 1) < end
+    return kv, first + numbers_of(1, ENTRIES, 1) < end
 
 
 def _operands(
@@ -176,14 +173,14 @@ def decode_rows(rows: Array, form: Form, dtype) -> Float[Array, "s k"]:
     codes = pltpu.bitcast(rows[:, : form.channels], jnp.float8_e4m3fn).astype(jnp.float32)
     first = form.plain // LANES * LANES  # what is not codes lies from here on
     rest = rows[:, first:].astype(jnp.int32)
-    byte, channel = first + _numbers(rest.shape[1], 0), _numbers(form.channels, 1)
-    scales = jnp.where(first + _numbers(rest.shape[1], 1) >= form.scales, power(rest), 0)
+    byte, channel = first + numbers_of(rest.shape[1], 1, 0), numbers_of(1, form.channels, 1)
+    scales = jnp.where(first + numbers_of(1, rest.shape[1], 1) >= form.scales, powers(rest), 0)
     group = byte - form.scales
     values = codes * _moved(scales, (channel < form.plain) & _divides(channel, GROUP, group))
     if not form.rotated:
         return values.astype(dtype)
     # Channels from `first` on again, for they alone may be rotated.
-    turned = first + _numbers(form.channels - first, 1) - form.plain
+    turned = first + numbers_of(1, form.channels - first, 1) - form.plain
     low, high = (
         _moved(rest.astype(jnp.float32), (turned >= 0) & (byte - form.plain == 2 * turned + half))
         for half in (0, 1)
@@ -202,17 +199,5 @@ def _divides(channel, size: int, group):
 
 def _moved(x: Float[Array, "s r"], goes) -> Float[Array, "s k"]:
     """Move columns to where they go."""
-    return _product(x.astype(jnp.bfloat16), goes.astype(jnp.float32).astype(jnp.bfloat16), 0)
+    return product(x.astype(jnp.bfloat16), goes.astype(jnp.float32).astype(jnp.bfloat16), 1, 0)
 
-
-def _product(a: Array, b: Array, of_b: int) -> Float[Array, "x y"]:
-    """Contract columns of a with an axis of b."""
-    return jax.lax.dot_general(
-        a, b, (((1,), (of_b,)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
-def _numbers(count: int, axis: int) -> Int[Array, "x y"]:
-    """Return numbers along an axis of two."""
-    shape = (count, 1) if axis == 0 else (1, count)
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

@@ -17,8 +17,7 @@ from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.index_loss import gpu, reference, tpu
 from pallas_kernels.index_loss.parts import Inputs, Slopes, Sums
 from pallas_kernels.index_loss.reference import TINY
-from pallas_kernels.sparse_attention.reference import chosen_mask, range_mask
-from pallas_kernels.sparse_attention.seen import Seen, unpacked
+from pallas_kernels.sparse_attention.seen import Seen, entry_mask
 from pallas_kernels.target import GPU, TPU
 
 KERNELS = {GPU: gpu, TPU: tpu}
@@ -101,17 +100,10 @@ def _is_choice(seen: Seen) -> bool:
     return seen.chosen is not None or seen.words is not None
 
 
-def _mask(seen: Seen, entries: int):
-    if seen.chosen is not None:
-        return chosen_mask(seen.chosen, entries)
-    if seen.words is not None:
-        return unpacked(seen.words, entries)
-    return range_mask(seen.first, seen.end, entries)
-
-
 def _plain(x: Inputs, seen: Seen, best: Seen | None):
     count = x.entries.shape[1]
-    return reference.index_loss(x, _mask(seen, count), None if best is None else _mask(best, count))
+    of_best = None if best is None else entry_mask(best, count)
+    return reference.index_loss(x, entry_mask(seen, count), of_best)
 
 
 def _forward(q, entries, log_total, queries, head_weights, keys, seen, best, implementation):

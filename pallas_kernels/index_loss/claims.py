@@ -1,6 +1,7 @@
 """What is proved of the entries that programs of the indexer's loss read.
 
-What TPUs read, and the ranges of queries, are those of sparse attention and of the indexer.
+What TPUs read, the ranges of queries and the bits of entries are those of sparse attention and of
+the indexer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from pallas_kernels.index_loss import gpu, gpu_keys
 from pallas_kernels.index_loss.index import Slots
 from pallas_kernels.prove import Proof
-from pallas_kernels.sparse_attention.index import Bits, Entries
+from pallas_kernels.sparse_attention.claims import range_of_entries
+from pallas_kernels.sparse_attention.index import Entries
 
 OPERATION = "index_loss"
 TOKENS = 2**20  # in a row, at most
@@ -23,7 +25,7 @@ def proofs(slots: type[Slots] = Slots, entries: type[Entries] = Entries) -> Iter
     """Yield what is to be proved, of the index functions of these kinds."""
     yield _slots(slots, gpu_keys.TILES.entries)
     for tile in sorted(TILES):
-        yield _range(entries, tile)
+        yield range_of_entries(entries, tile, OPERATION, "GPU, range of entries")
 
 
 def _slots(kind: type[Slots], size: int) -> Proof:
@@ -50,20 +52,3 @@ def _slots(kind: type[Slots], size: int) -> Proof:
     proof.state("from no slot twice", (own & (read == slot)).implies(place == slot - first))
     return proof
 
-
-def _range(kind: type[Entries], tile: int) -> Proof:
-    proof = Proof(OPERATION, f"GPU, range of entries, tiles of {tile}")
-    count = proof.integer("entries", 1, TOKENS)
-    first = proof.integer("first", 0, count)
-    end = proof.integer("end", first, count)
-    see, bits = kind(tile), Bits(count)
-    i = proof.integer("tile", 0, see.tiles(first, end) - 1)
-    entry = see.entry(first, i, proof.integer("place", 0, tile - 1))
-    row = see.row(entry, end)
-    word = bits.word(row)
-    proof.state("rows exist", (row >= 0) & (row < count))
-    proof.state("words exist", (word >= 0) & (word < bits.words))
-    proof.state("what is seen is the entry that is read, and of the range", see.sees(
-        end, entry
-    ).implies((row == entry) & (entry >= first) & (entry < end)))
-    return proof

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.index_loss.gpu_tiles import (
-    LOG2_E,
     OfEntries,
     OfQueries,
     Tiles,
@@ -27,6 +26,8 @@ from pallas_kernels.index_loss.gpu_tiles import (
 )
 from pallas_kernels.index_loss.index import Slots
 from pallas_kernels.index_loss.parts import Inputs, Slopes
+from pallas_kernels.sparse_attention.gpu_keys import query_ranges
+from pallas_kernels.sparse_attention.gpu_queries import LOG2_E
 from pallas_kernels.sparse_attention.index import Split
 from pallas_kernels.sparse_attention.seen import Seen
 from pallas_kernels.target import GPU, target_platform
@@ -105,17 +106,14 @@ def key_gradient(
 
 
 def _ranges(seen: Seen, count: int) -> Ranges:
-    """Find, by binary search, what belongs to each tile: bounds and chosen entries ascend."""
-    start = jnp.arange(0, count, TILES.entries)
-    begin = jax.vmap(lambda end: jnp.searchsorted(end, start, side="right"))(seen.end)
-    after = jnp.minimum(start + TILES.entries, count)
-    end = jax.vmap(lambda first: jnp.searchsorted(first, after))(seen.first)
+    """Find, by binary search, what belongs to each tile: chosen entries ascend."""
     slot = None
     if seen.chosen is not None:
+        start = jnp.arange(0, count, TILES.entries)
         ascending = jnp.where(seen.chosen < 0, count, seen.chosen)
         find = jax.vmap(jax.vmap(lambda numbers: jnp.searchsorted(numbers, start)))
         slot = find(ascending).mT.astype(jnp.int32)
-    return Ranges(begin.astype(jnp.int32), end.astype(jnp.int32), slot)
+    return Ranges(*query_ranges(seen, count, TILES.entries), slot)
 
 
 def _of_range(own: OfQueries, query, tile, entries, scale: float):

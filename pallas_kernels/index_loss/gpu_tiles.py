@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes, power_of_two
 from pallas_kernels.index_loss.parts import Inputs, Slopes
+from pallas_kernels.sparse_attention.gpu_queries import LOG2_E
 from pallas_kernels.sparse_attention.index import Entries
 from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
-
-LOG2_E = math.log2(math.e)  # exponentials are those of 2
 
 
 class Tiles(NamedTuple):
@@ -74,7 +72,7 @@ def fitted(
         own = own._replace(q=pad_axes(x.q, {2: heads, 3: width}), log_total=log_total)
         shared = shared._replace(entries=pad_axes(x.entries, {2: width}))
     if seen.chosen is not None:
-        own = own._replace(chosen=pad_axes(seen.chosen + 1, {2: tile}) - 1)  # with -1
+        own = own._replace(chosen=pad_axes(seen.chosen, {2: tile}, fill=-1))
     else:
         own = own._replace(first=seen.first, end=seen.end)
     if best is not None:

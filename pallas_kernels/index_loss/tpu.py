@@ -21,7 +21,6 @@ from pallas_kernels.index_loss.tpu_blocks import (
     MEMORY,
     Fitted,
     Span,
-    attended,
     blocks_for,
     fitted,
     hit_gradient,
@@ -37,6 +36,7 @@ from pallas_kernels.sparse_attention.index import Blocks
 from pallas_kernels.sparse_attention.seen import Seen
 from pallas_kernels.sparse_attention.tpu_queries import (
     LANES,
+    attended,
     chosen_of,
     column,
     numbers_of,

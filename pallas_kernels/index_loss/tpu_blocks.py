@@ -17,8 +17,6 @@ from pallas_kernels.sparse_attention.tpu_queries import (
     LANES,
     blocks_of,
     by_block,
-    chosen_of,
-    numbers_of,
     product,
 )
 
@@ -123,13 +121,3 @@ def of_heads(x: Float[Array, "q s"], rows: int) -> Float[Array, "rows s"]:
     """Repeat what belongs to queries for each of their heads."""
     queries, columns = x.shape
     return jnp.broadcast_to(x[:, None], (queries, rows // queries, columns)).reshape(rows, columns)
-
-
-def attended(
-    numbers: Int[Array, "q 2"], words: Int[Array, "q 128"] | None, block, blocks: Blocks
-) -> Bool[Array, "q s"]:
-    """Return which entries of a block queries attend to: of a range, or chosen ones."""
-    if words is not None:
-        return chosen_of(words, blocks.first_bit(block), blocks.entries)
-    entry = block * blocks.entries + numbers_of(blocks.queries, blocks.entries, 1)
-    return (entry >= numbers[:, 0:1]) & (entry < numbers[:, 1:2])

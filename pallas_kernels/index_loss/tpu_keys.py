@@ -12,24 +12,20 @@ from pallas_kernels.index_loss.tpu_blocks import (
     MEMORY,
     Fitted,
     Span,
-    attended,
     hit_gradient,
     hits_of,
     mass_of,
     score_gradient,
 )
 from pallas_kernels.sparse_attention.index import Blocks
-from pallas_kernels.sparse_attention.tpu_queries import LANES, column, product
+from pallas_kernels.sparse_attention.tpu_keys import query_blocks
+from pallas_kernels.sparse_attention.tpu_queries import LANES, attended, column, product
 from pallas_kernels.target import TPU, target_platform
 
 
 def key_gradient(x: Fitted, span: Span, blocks: Blocks, scale: float) -> Float[Array, "b c j"]:
     """Return the gradient of the keys."""
     (b, t), count = x.q.shape[:2], x.entries.shape[1] // blocks.entries
-    # Neither bound falls along a row, so that the blocks that attend to any of one are neighbours.
-    own = jnp.arange(count)
-    first = jax.vmap(lambda last: jnp.searchsorted(last, own, side="left"))(span.last)
-    end = jax.vmap(lambda first: jnp.searchsorted(first, own, side="right"))(span.first)
 
     def kernel(first_ref, end_ref, x: Fitted, out_ref, out):
         row, block, step = map(pl.program_id, range(3))
@@ -95,4 +91,4 @@ def key_gradient(x: Fitted, span: Span, blocks: Blocks, scale: float) -> Float[A
         ),
         interpret=target_platform() != TPU,
         name="index_key_gradient",
-    )(first.astype(jnp.int32), end.astype(jnp.int32), x)
+    )(*query_blocks(*span, count), x)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pallas_kernels.codes import BYTES
 from pallas_kernels.index_math import div
 from pallas_kernels.indexer import gpu, gpu_stored, tpu, tpu_stored
 from pallas_kernels.indexer.index import Merge, Packed, Programs, Rounds, Steps, Tiled
-from pallas_kernels.indexer.keys import BYTES
 from pallas_kernels.prove import Proof
 from pallas_kernels.sparse_attention.index import Split, first_block, last_block
 

@@ -16,10 +16,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes, power_of_two
+from pallas_kernels.codes import BYTES, GROUP, halves, powers
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.indexer import gpu
 from pallas_kernels.indexer.index import Merge, Packed
-from pallas_kernels.indexer.keys import BYTES, GROUP, halves, is_packed, powers
+from pallas_kernels.indexer.keys import is_packed
 from pallas_kernels.sparse_attention.index import Split
 from pallas_kernels.target import GPU, target_platform
 
@@ -150,7 +151,7 @@ def _load_packed(stored_ref, layer, row, entries, dtype) -> tuple[Float[Array, "
     byte = packed.code(group[:, None], jnp.arange(BYTES)[None, :])
     codes = stored_ref[layer, row, entries[:, None, None], byte[None]].astype(jnp.int32)
     scales = stored_ref[layer, row, entries[:, None], packed.scale(group)[None]]
-    scales = powers(scales.astype(jnp.int32))[:, :, None]
+    scales = powers(scales)[:, :, None]
     return tuple(
         (half * scales).astype(dtype).reshape(entries.size, packed.groups * BYTES)
         for half in halves(codes)

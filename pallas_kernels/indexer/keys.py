@@ -7,13 +7,10 @@ halves of bytes, queries have their even channels first there, then the odd ones
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-GROUP = 32  # channels that share a scale
-BYTES = GROUP // 2  # of their codes
-_HALF = 126 << 23  # the bits of 0.5
+from pallas_kernels.codes import GROUP, halves, powers
 
 
 def is_packed(stored: Array) -> bool:
@@ -24,27 +21,6 @@ def is_packed(stored: Array) -> bool:
 def stored_width(channels: int, *, packed: bool) -> int:
     """Return how many numbers or bytes a stored key has."""
     return channels // 2 + -(-channels // GROUP) if packed else channels
-
-
-def powers(scales: Int[Array, "*s"]) -> Float[Array, "*s"]:
-    """Return the multiplier of each scale; that of 0, 2^-127, is too small for float32: 0."""
-    return jax.lax.bitcast_convert_type(scales << 23, jnp.float32)
-
-
-def value(code: Int[Array, "*s"]) -> Float[Array, "*s"]:
-    """Return 0, .5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and these below 0 for 8 to 15.
-
-    The two bits of the exponent and that of the mantissa, put where float32 has them, make .5, .75,
-    1, 1.5, 2, 3, 4, 6: below 1 that is right but for a factor of 2 and 1 too much.
-    """
-    found = jax.lax.bitcast_convert_type(((code & 7) << 22) + _HALF, jnp.float32)
-    found = jnp.minimum(found, 2 * found - 1)
-    return jnp.where(code >= 8, -found, found)
-
-
-def halves(byte: Int[Array, "*s"]) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
-    """Return the values of the even and of the odd channel of each byte of codes."""
-    return value(byte & 15), value(byte >> 4)
 
 
 def decoded(stored: Array, channels: int, dtype: jnp.dtype) -> Float[Array, "*s j"]:

@@ -43,3 +43,20 @@ def threshold(count: Callable[[Array], Array], topk: int, zeros: Int[Array, "*s"
 
     # Found without the sign, whose bit is the first to be decided.
     return jax.lax.fori_loop(0, BITS, raise_bit, zeros) ^ NONE
+
+
+def tie_bound(
+    count_below: Callable[[Array], Array], free: Array, bits: int, zeros: Int[Array, "*s"]
+) -> Array:
+    """Return the largest number of `bits` bits below which there are at most `free` equal scores.
+
+    Args:
+      count_below: from a candidate to how many entries with the threshold's score come before it.
+      zeros: of a candidate's shape.
+    """
+
+    def raise_bit(i, bound):
+        candidate = bound | (jnp.int32(1) << (bits - 1 - i))
+        return jnp.where(count_below(candidate) <= free, candidate, bound)
+
+    return jax.lax.fori_loop(0, bits, raise_bit, zeros)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.indexer.index import Steps
-from pallas_kernels.indexer.order import NONE, sortable, threshold, to_bfloat16
+from pallas_kernels.indexer.order import NONE, sortable, threshold, tie_bound, to_bfloat16
 from pallas_kernels.sparse_attention.index import first_block, last_block
 from pallas_kernels.sparse_attention.tpu_queries import column
 from pallas_kernels.target import TPU, target_platform
@@ -147,12 +147,9 @@ def _choose(order, words, begin, last, topk: int) -> None:
     free = topk - count(lambda o, _: (o > least).astype(jnp.int32))
     bits = order.shape[1].bit_length()
 
-    def raise_bound(i, bound):
-        candidate = bound | (jnp.int32(1) << (bits - 1 - i))
-        below = count(lambda o, e: ((o == least) & (e < candidate)).astype(jnp.int32))
-        return jnp.where(below <= free, candidate, bound)
-
-    bound = jax.lax.fori_loop(0, bits, raise_bound, zeros)
+    bound = tie_bound(
+        lambda x: count(lambda o, e: ((o == least) & (e < x)).astype(jnp.int32)), free, bits, zeros
+    )
     for word in range(order.shape[1] // WORD):
         packed = jnp.zeros((QUERIES, LANES), jnp.int32)
         for bit in range(32):

@@ -14,12 +14,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.codes import BYTES, GROUP, powers, value
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.indexer.index import Steps, Tiled
-from pallas_kernels.indexer.keys import BYTES, GROUP, even_first, is_packed, powers, value
-from pallas_kernels.indexer.order import NONE, sortable, threshold, to_bfloat16
+from pallas_kernels.indexer.keys import even_first, is_packed
+from pallas_kernels.indexer.order import NONE, sortable, threshold, tie_bound, to_bfloat16
 from pallas_kernels.sparse_attention.index import last_block
-from pallas_kernels.sparse_attention.tpu_queries import column
+from pallas_kernels.sparse_attention.tpu_queries import column, numbers_of, product
 from pallas_kernels.target import TPU, target_platform
 
 LANES = 128
@@ -46,7 +47,7 @@ def select_stored(
     queries = pad_axes(even_first(queries) if packed else queries, {2: HEADS})
     b, t, heads, channels = queries.shape
     weights = pad_axes(head_weights.astype(jnp.float32), {2: HEADS}).reshape(b, 1, t * heads)
-    last = last_block(jnp.minimum(jnp.max(end, axis=1), entries), TILED.block)
+    last = last_block(jnp.max(end, axis=1), TILED.block)
     steps, kept = Steps(TILED.block, cdiv(entries, TILED.block)), cdiv(topk, LANES) * LANES
     rows = TILED.rows(steps.count)
 
@@ -62,15 +63,12 @@ def select_stored(
             part = pl.ds(pl.multiple_of(tile * TILED.tile, TILED.tile), TILED.tile)
             keys = keys_ref[part, :]
             keys = _decoded(keys, channels, q_ref.dtype) if packed else keys.astype(q_ref.dtype)
-            hits = jax.lax.dot_general(
-                q_ref[...].reshape(t * heads, channels), keys, (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
+            hits = product(q_ref[...].reshape(t * heads, channels), keys, 1, 1)
             found = jnp.maximum(hits, 0.0) * column_ref[...]
             found = jnp.sum(found.reshape(t, heads, TILED.tile), axis=1)
             found = to_bfloat16(found) if packed else found
             first = TILED.entry(step, tile)
-            seen = first + _lanes((t, TILED.tile)) < end_ref[...]
+            seen = first + numbers_of(t, TILED.tile, 1) < end_ref[...]
             found = jnp.where(seen, sortable(found), NONE)
             base = pl.multiple_of(TILED.row(step, tile), TILED.tile // LANES)
             for n in range(TILED.tile // LANES):
@@ -131,15 +129,11 @@ def _decoded(stored: Int[Array, "s w"], channels: int, dtype) -> Float[Array, "s
     byte = stored.astype(jnp.int32)
     codes, scales = byte[:, : channels // 2], powers(byte[:, channels // 2 :])
     groups = scales.shape[1]
-    group = jax.lax.broadcasted_iota(jnp.int32, (groups, channels), 0)
-    channel = jax.lax.broadcasted_iota(jnp.int32, (groups, channels), 1)
+    group, channel = (numbers_of(groups, channels, axis) for axis in (0, 1))
     half = channels // 2
     own = jnp.where(channel >= half, channel - half, channel) - group * BYTES
     spread = ((own >= 0) & (own < BYTES)).astype(jnp.bfloat16)
-    scales = jax.lax.dot_general(
-        scales.astype(jnp.bfloat16), spread, (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    scales = product(scales.astype(jnp.bfloat16), spread, 1, 0)
     both = value(jnp.concatenate([codes & 15, codes >> 4], axis=1))  # whole registers
     return (both * scales).astype(dtype)
 
@@ -168,12 +162,7 @@ def _numbers_of_best(order, chunks, topk: int, kept: int) -> Int[Array, "1 kept"
     free = topk - count(lambda o, _: o > least)
     bits = (order.shape[0] * LANES).bit_length()
 
-    def raise_bound(i, bound):
-        candidate = bound | (jnp.int32(1) << (bits - 1 - i))
-        below = count(lambda o, e: (o == least) & (e < candidate))
-        return jnp.where(below <= free, candidate, bound)
-
-    bound = jax.lax.fori_loop(0, bits, raise_bound, zero)
+    bound = tie_bound(lambda x: count(lambda o, e: (o == least) & (e < x)), free, bits, zero)
 
     def add_chunk(chunk, state):
         o = part(chunk)
@@ -196,37 +185,22 @@ def _with_chunk(taken, chunk, numbers, before):
     row, lane = _places()
     upto = (lane <= row).astype(jnp.bfloat16)  # of each row: itself and those before
     # Of each row, in all lanes: how many are taken of it, and of all rows up to it.
-    of_row = _product(taken, ones, 0)
-    end = before + _product(upto, of_row.astype(jnp.bfloat16), 0)
+    of_row = product(taken, ones, 1, 0)
+    end = before + product(upto, of_row.astype(jnp.bfloat16), 1, 0)
     # Transposed: of each row, in its lane, how many are taken up to each place of it.
-    within = _product(upto, taken, 1).astype(jnp.bfloat16)
-    place = _lanes((LANES, numbers.shape[1])).astype(jnp.float32)
+    within = product(upto, taken, 1, 1).astype(jnp.bfloat16)
+    place = numbers_of(LANES, numbers.shape[1], 1).astype(jnp.float32)
     first = (end - of_row)[:, 0:1]
     own = (place >= first) & (place < end[:, 0:1])  # the row whose entry a place of the result gets
-    up_to_place = _product(within, own.astype(jnp.bfloat16), 0)
+    up_to_place = product(within, own.astype(jnp.bfloat16), 1, 0)
     rank = jnp.sum(jnp.where(own, place - first, 0.0), axis=0, keepdims=True)
     lane = jnp.sum((up_to_place <= rank).astype(jnp.int32), axis=0, keepdims=True)
-    row = jnp.sum(jnp.where(own, _rows(own.shape), 0), axis=0, keepdims=True)
+    row = jnp.sum(jnp.where(own, numbers_of(*own.shape, 0), 0), axis=0, keepdims=True)
     total = end[LANES - 1 :, 0:1]
     here = (place[:1] >= before) & (place[:1] < total)
     return jnp.where(here, TILED.number(chunk, row, lane), numbers), total
 
 
-def _product(a, b, axis: int) -> Float[Array, "m n"]:
-    """Return the product of a with b, or for axis 1 with b transposed; both are exact in it."""
-    return jax.lax.dot_general(
-        a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
 def _places() -> tuple[Int[Array, "r l"], Int[Array, "r l"]]:
     """Return the row and the lane of each place of a chunk."""
-    return _rows((LANES, LANES)), _lanes((LANES, LANES))
-
-
-def _rows(shape: tuple[int, int]) -> Int[Array, "r l"]:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-
-
-def _lanes(shape: tuple[int, int]) -> Int[Array, "r l"]:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return numbers_of(LANES, LANES, 0), numbers_of(LANES, LANES, 1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pallas_kernels.codes import BYTES
 from pallas_kernels.index_math import maximum, where
-from pallas_kernels.moe.formats import BYTES
 from pallas_kernels.moe.index import Grouped, Packed
 from pallas_kernels.prove import Proof, Symbol
 

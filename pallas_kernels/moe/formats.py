@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels import codes as codes_of
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.codes import BYTES, powers
 from pallas_kernels.rounding import E4M3, round_plain
 
-BYTES = 16  # of codes that share a scale
 TOKENS = E4M3._replace(group=128)  # channels of a token that share one
 
 
@@ -27,25 +28,12 @@ class Fp4(NamedTuple):
     scales: UInt8[Array, "e out in/32"]
 
 
-def powers(scales: Array) -> Float[Array, "..."]:
-    """Return the multiplier of each scale; that of 0, 2^-127, is too small for float32: 0."""
-    return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
-
-
 def decode(
     codes: UInt8[Array, "*s n"], scales: Float[Array, "*s n"], dtype
 ) -> tuple[Float[Array, "*s n"], Float[Array, "*s n"]]:
     """Return the values of even and of odd columns: exact in bfloat16."""
-    both = codes.astype(jnp.int32)
-    return tuple((_value(half) * scales).astype(dtype) for half in (both & 15, both >> 4))
-
-
-def _value(code: Int[Array, "*s"]) -> Float[Array, "*s"]:
-    """Return 0, .5, 1, 1.5, 2, 3, 4, 6 for 0 to 7, and these below 0 for 8 to 15."""
-    exponent, mantissa = code >> 1 & 3, code & 1
-    doubled = jnp.where(exponent == 0, mantissa, mantissa + 2 << jnp.maximum(exponent - 1, 0))
-    value = 0.5 * doubled.astype(jnp.float32)
-    return jnp.where(code >= 8, -value, value)
+    values = codes_of.halves(codes.astype(jnp.int32))
+    return tuple((half * scales).astype(dtype) for half in values)
 
 
 def decoded(matrices: Fp4) -> Float[Array, "e out in"]:

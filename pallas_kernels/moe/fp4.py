@@ -5,9 +5,10 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.codes import BYTES
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.moe import gpu, reference, tpu
-from pallas_kernels.moe.formats import BYTES, Fp4, decoded, halves, round_tokens
+from pallas_kernels.moe.formats import Fp4, decoded, halves, round_tokens
 from pallas_kernels.moe.plan import block_rows, combine, make_plan, shares
 from pallas_kernels.target import GPU
 

@@ -18,7 +18,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import largest_block
-from pallas_kernels.moe.formats import BYTES, Fp4, decode, powers
+from pallas_kernels.codes import BYTES, powers
+from pallas_kernels.moe.formats import Fp4, decode
 from pallas_kernels.moe.index import Grouped, Packed
 from pallas_kernels.moe.plan import Plan
 from pallas_kernels.moe.swiglu import clamped_swiglu, rounded, swiglu_gradients

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.sparse_attention import gpu, reference, tpu
-from pallas_kernels.sparse_attention.seen import Seen, unpacked
+from pallas_kernels.sparse_attention.seen import Seen, entry_mask
 from pallas_kernels.target import GPU, TPU
 
 __all__ = ["Seen", "sparse_attention"]
@@ -97,15 +97,11 @@ def _check(q, keys, entries, sink, seen: Seen) -> None:
 def _plain(q, keys, entries, sink, seen: Seen, window: int):
     b, t = q.shape[:2]
     if entries is None:
-        entries, entry_mask = jnp.zeros((b, 0, q.shape[-1]), q.dtype), jnp.zeros((b, t, 0), bool)
-    elif seen.chosen is not None:
-        entry_mask = reference.chosen_mask(seen.chosen, entries.shape[1])
-    elif seen.words is not None:
-        entry_mask = unpacked(seen.words, entries.shape[1])
+        entries, mask = jnp.zeros((b, 0, q.shape[-1]), q.dtype), jnp.zeros((b, t, 0), bool)
     else:
-        entry_mask = reference.range_mask(seen.first, seen.end, entries.shape[1])
+        mask = entry_mask(seen, entries.shape[1])
     key_mask = reference.window_mask(seen.first_key, window)
-    return reference.sparse_attention(q, keys, entries, sink, key_mask, entry_mask)
+    return reference.sparse_attention(q, keys, entries, sink, key_mask, mask)
 
 
 def _forward(q, keys, entries, sink, seen, window, implementation):

@@ -39,11 +39,11 @@ def proofs(
     """Yield what is to be proved, of the index functions of these kinds."""
     for tile in TILES:
         yield _window(window, tile)
-        yield _range(entries, tile)
+        yield range_of_entries(entries, tile)
         yield _keys_of_queries(window, tile)
         yield _entries_of_queries(tile)
         yield _bits(bits, tile)
-    yield _range(entries, LIST_TILE)
+    yield range_of_entries(entries, LIST_TILE)
     for slots, groups in SHARES:
         yield _shares(shares, slots, groups)
     yield _pieces(split)
@@ -65,7 +65,7 @@ def _shown(query, first_key, width, key):
 
 
 def _window(kind: type[Window], tile: int) -> Proof:
-    """State that a window is a range, which `_range` speaks of."""
+    """State that a window is a range, which `range_of_entries` speaks of."""
     proof = Proof(OPERATION, f"window, tiles of {tile}")
     tokens, query, first_key = _query(proof)
     width = proof.integer("window", 1, TOKENS)
@@ -78,8 +78,11 @@ def _window(kind: type[Window], tile: int) -> Proof:
     return proof
 
 
-def _range(kind: type[Entries], tile: int) -> Proof:
-    proof = Proof(OPERATION, f"range of entries, tiles of {tile}")
+def range_of_entries(
+    kind: type[Entries], tile: int, operation: str = OPERATION, kernel: str = "range of entries"
+) -> Proof:
+    """State that a query's tiles have the entries of its range, each once."""
+    proof = Proof(operation, f"{kernel}, tiles of {tile}")
     count = proof.integer("entries", 1, TOKENS)
     first = proof.integer("first", 0, count)
     end = proof.integer("end", first, count)

@@ -57,7 +57,7 @@ def chosen_gradient(
     """
     (b, c, k), heads = entries.shape, min(TILES.heads, rows.q.shape[2])
     chosen = jnp.where(chosen < 0, -1, chosen + jnp.arange(b)[:, None, None] * c)
-    chosen = pad_axes(chosen + 1, {2: TILES.entries}) - 1
+    chosen = pad_axes(chosen, {2: TILES.entries}, fill=-1)
     shares = Shares(chosen.shape[2], rows.q.shape[2] // heads)
     queries = [x.reshape(-1, *x.shape[2:]) for x in (*rows, chosen)]
     count, flat = len(queries[0]), entries.reshape(b * c, k)

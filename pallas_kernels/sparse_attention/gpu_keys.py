@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
-from pallas_kernels.index_math import cdiv, div, mod
+from pallas_kernels.index_math import div, mod
 from pallas_kernels.sparse_attention.gpu_chosen import chosen_gradient, pays
 from pallas_kernels.sparse_attention.gpu_queries import LOG2_E, Rows
 from pallas_kernels.sparse_attention.index import Bits, Split, Window
@@ -49,7 +49,7 @@ def key_gradient(
     def visible(query, tile, first_key_ref):
         return see.seen_by(query, first_key_ref[query], _numbers(tile))
 
-    return _gradient(rows, keys, [seen.first_key], [], queries, visible, scale)
+    return _gradient(rows, keys, [seen.first_key], (), queries, visible, scale)
 
 
 def entry_gradient(
@@ -59,16 +59,11 @@ def entry_gradient(
     count = entries.shape[1]
     if seen.chosen is not None and pays(count, seen.chosen.shape[2]):
         return chosen_gradient(rows, entries, seen.chosen, scale=scale)
-    tile_first = jnp.arange(cdiv(count, TILES.keys)) * TILES.keys
-    # Both bounds grow along a row, so that the queries that see any of a tile are neighbours.
-    search = jax.vmap(jnp.searchsorted, in_axes=(0, None))
-    begin = jax.vmap(lambda end: jnp.searchsorted(end, tile_first, side="right"))(seen.end)
-    last = search(seen.first, jnp.minimum(tile_first + TILES.keys, count))
+    ranges = query_ranges(seen, count, TILES.keys)
 
     def queries(tile, begin_ref, end_ref):
         return begin_ref[tile], end_ref[tile]
 
-    ranges = [x.astype(jnp.int32) for x in (begin, last)]
     if seen.chosen is None:
 
         def visible(query, tile, first_ref, end_ref):
@@ -90,12 +85,26 @@ def entry_gradient(
     )
 
 
+def query_ranges(
+    seen: Seen, count: int, tile: int
+) -> tuple[Int[Array, "b n"], Int[Array, "b n"]]:
+    """Return which queries may see any of each tile of `count` entries: first and end.
+
+    Both bounds of what is seen grow along a row, so that these queries are neighbours.
+    """
+    start = jnp.arange(0, count, tile)
+    after = jnp.minimum(start + tile, count)
+    begin = jax.vmap(lambda end: jnp.searchsorted(end, start, side="right"))(seen.end)
+    end = jax.vmap(lambda first: jnp.searchsorted(first, after))(seen.first)
+    return begin.astype(jnp.int32), end.astype(jnp.int32)
+
+
 def _numbers(tile) -> Int[Array, " s"]:
     """Return the numbers of a tile's rows."""
     return tile * TILES.keys + jnp.arange(TILES.keys)
 
 
-def _gradient(rows: Rows, kv, per_query: list, ranges: list, queries, visible, scale: float):
+def _gradient(rows: Rows, kv, per_query: list, ranges: tuple, queries, visible, scale: float):
     """Return the gradient of key-values [b, s, k].
 
     Args:

@@ -64,8 +64,7 @@ class Rows(NamedTuple):
 def fitted(q, keys, entries, sink, seen: Seen) -> Fitted:
     """Fill up to whole groups of heads, a power of two of channels and whole tiles of chosen."""
     if seen.chosen is not None:
-        chosen = pad_axes(seen.chosen + 1, {2: FORWARD.keys}) - 1  # filled up with -1
-        seen = seen._replace(chosen=chosen)
+        seen = seen._replace(chosen=pad_axes(seen.chosen, {2: FORWARD.keys}, fill=-1))
     channels = power_of_two(q.shape[3])
     return Fitted(
         fitted_rows(q),
@@ -96,17 +95,7 @@ def attend(
 
     def kernel(q_ref, sink_ref, keys_ref, *refs):
         *seen_refs, out_ref, total_ref = refs
-        q_rows = q_ref[...]
-
-        def fold(state, kv, visible):
-            top, total, out = state
-            logits = plgpu.dot(q_rows, kv, trans_b=True) * (scale * LOG2_E)
-            logits = jnp.where(visible[None, :], logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=1))
-            weights, shrink = jnp.exp2(logits - new_top[:, None]), jnp.exp2(top - new_top)
-            out = out * shrink[:, None] + plgpu.dot(weights.astype(kv.dtype), kv)
-            return new_top, total * shrink + jnp.sum(weights, axis=1), out
-
+        fold = softmax_fold(q_ref[...], scale)
         # The sink is part of every softmax, so that it makes a finite first maximum.
         top = sink_ref[...] * LOG2_E
         state = top, jnp.ones_like(top), jnp.zeros((heads, width), jnp.float32)
@@ -130,6 +119,24 @@ def attend(
         interpret=target_platform() != GPU,
         name="attend",
     )(q, sink, *_operands(keys, entries, seen))
+
+
+def softmax_fold(q: Float[Array, "h k"], scale: float) -> Callable:
+    """Return what folds a tile into a softmax, as `over_tiles` takes it.
+
+    The state is the maximum of the logits, in powers of 2, the total and the output.
+    """
+
+    def fold(state, kv, visible):
+        top, total, out = state
+        logits = plgpu.dot(q, kv, trans_b=True) * (scale * LOG2_E)
+        logits = jnp.where(visible[None, :], logits, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(logits, axis=1))
+        weights, shrink = jnp.exp2(logits - new_top[:, None]), jnp.exp2(top - new_top)
+        out = out * shrink[:, None] + plgpu.dot(weights.astype(kv.dtype), kv)
+        return new_top, total * shrink + jnp.sum(weights, axis=1), out
+
+    return fold
 
 
 def query_gradient(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.sparse_attention.index import Bits
+from pallas_kernels.sparse_attention.reference import chosen_mask, range_mask
 
 
 class Seen(NamedTuple):
@@ -29,6 +30,15 @@ def unpacked(words: Int[Array, "b t w"], entries: int) -> Bool[Array, "b t c"]:
     """Return which entries are chosen."""
     bits, entry = Bits(entries), jnp.arange(entries)
     return (words[:, :, bits.word(entry)] >> bits.bit(entry)) & 1 == 1
+
+
+def entry_mask(seen: Seen, entries: int) -> Bool[Array, "b t c"]:
+    """Return which entries queries see."""
+    if seen.chosen is not None:
+        return chosen_mask(seen.chosen, entries)
+    if seen.words is not None:
+        return unpacked(seen.words, entries)
+    return range_mask(seen.first, seen.end, entries)
 
 
 def pack_chosen(chosen: Int[Array, "b t l"], entries: int) -> Int[Array, "b t w"]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.sparse_attention.index import Blocks
 from pallas_kernels.sparse_attention.tpu_queries import (
@@ -17,8 +17,8 @@ from pallas_kernels.sparse_attention.tpu_queries import (
     MEMORY,
     Fitted,
     as_bias,
+    attended,
     by_block,
-    chosen_of,
     column,
     masked,
     numbers_of,
@@ -61,10 +61,7 @@ def key_gradient(x: Fitted, rows: Rows, blocks: Blocks, scale: float) -> Float[A
 def entry_gradient(x: Fitted, rows: Rows, blocks: Blocks, scale: float) -> Float[Array, "b c k"]:
     """Return the gradient of the entries."""
     steps = x.q.shape[1] // blocks.queries
-    own = jnp.arange(x.entries.shape[1] // blocks.entries)
-    # Neither bound falls along a row, so that the blocks that see any of a block are neighbours.
-    first = jax.vmap(lambda last: jnp.searchsorted(last, own, side="left"))(x.last)
-    end = jax.vmap(lambda first: jnp.searchsorted(first, own, side="right"))(x.first)
+    ranges = query_blocks(x.first, x.last, x.entries.shape[1] // blocks.entries)
 
     def query_block(b, j, s, first, end):
         return blocks.clamped(s, first[b, j], end[b, j])
@@ -74,17 +71,31 @@ def entry_gradient(x: Fitted, rows: Rows, blocks: Blocks, scale: float) -> Float
 
         @pl.when((step >= first_ref[row, own]) & (step < end_ref[row, own]))
         def _():
-            if x.words is not None:
-                fold(chosen_of(seen_ref[...], blocks.first_bit(own), blocks.entries))
-            else:
-                entry = own * blocks.entries + numbers_of(blocks.queries, blocks.entries, 1)
-                fold((entry >= seen_ref[:, 1:2]) & (entry < seen_ref[:, 2:3]))
+            chosen = x.words is not None
+            given = (None, seen_ref[...]) if chosen else (seen_ref[:, 1:3], None)
+            fold(attended(*given, own, blocks))
 
     return _call(
         x, rows, blocks, scale, x.entries, blocks.entries, steps, query_block, fold_if_seen,
         [x.numbers if x.words is None else x.words],
-        [y.astype(jnp.int32) for y in (first, end)],
+        ranges,
     )
+
+
+def query_blocks(
+    first: Int[Array, "b z"], last: Int[Array, "b z"], count: int
+) -> list[Int[Array, "b n"]]:
+    """Return which blocks of queries may see any of each of `count` blocks: first and end.
+
+    Neither bound falls along a row, so that these blocks are neighbours.
+
+    Args:
+      first: the blocks of entries that each block of queries sees.
+    """
+    own = jnp.arange(count)
+    begin = jax.vmap(lambda last: jnp.searchsorted(last, own, side="left"))(last)
+    end = jax.vmap(lambda first: jnp.searchsorted(first, own, side="right"))(first)
+    return [x.astype(jnp.int32) for x in (begin, end)]
 
 
 def _call(

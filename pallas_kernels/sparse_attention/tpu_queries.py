@@ -100,12 +100,7 @@ def attend(
             out[...] = jnp.zeros_like(out)
 
         def fold(kv, bias):
-            logits = masked(product(q, kv, 1, 1) * scale, bias)
-            new_top = jnp.maximum(top[...], jnp.max(logits, axis=1, keepdims=True))
-            weights, shrink = jnp.exp(logits - new_top), jnp.exp(top[...] - new_top)
-            top[...] = new_top
-            total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-            out[...] = out[...] * shrink + product(weights.astype(kv.dtype), kv, 1, 0)
+            fold_softmax(masked(product(q, kv, 1, 1) * scale, bias), kv, top, total, out)
 
         _fold_step(blocks, first_ref, last_ref, kv_refs, fold)
 
@@ -161,6 +156,15 @@ def query_gradient(
     return out
 
 
+def fold_softmax(logits: Float[Array, "rows s"], kv: Float[Array, "s k"], top, total, out) -> None:
+    """Fold a block of key-values into a softmax: references to its maximum, total and output."""
+    new_top = jnp.maximum(top[...], jnp.max(logits, axis=1, keepdims=True))
+    weights, shrink = jnp.exp(logits - new_top), jnp.exp(top[...] - new_top)
+    top[...] = new_top
+    total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    out[...] = out[...] * shrink + product(weights.astype(kv.dtype), kv, 1, 0)
+
+
 def _fold_step(blocks: Blocks, first_ref, last_ref, kv_refs, fold: Callable) -> None:
     """Fold this step's block of keys or entries, unless no query of the block sees any of it.
 
@@ -186,12 +190,22 @@ def _fold_step(blocks: Blocks, first_ref, last_ref, kv_refs, fold: Callable) -> 
 
     @pl.when(wanted & (entry_block >= 0))
     def _():
-        if words_ref:
-            seen = chosen_of(words_ref[0][...], blocks.first_bit(entry_block), blocks.entries)
-        else:
-            entry = entry_block * blocks.entries + numbers_of(blocks.queries, blocks.entries, 1)
-            seen = (entry >= numbers_ref[:, 1:2]) & (entry < numbers_ref[:, 2:3])
-        fold(entries_ref[...], as_bias(seen))
+        words = words_ref[0][...] if words_ref else None
+        fold(entries_ref[...], as_bias(attended(numbers_ref[:, 1:3], words, entry_block, blocks)))
+
+
+def attended(
+    numbers: Int[Array, "q 2"] | None, words: Int[Array, "q 128"] | None, block, blocks: Blocks
+) -> Bool[Array, "q s"]:
+    """Return which entries of a block queries attend to: chosen ones or, without, of a range.
+
+    Args:
+      numbers: first and end of the range.
+    """
+    if words is not None:
+        return chosen_of(words, blocks.first_bit(block), blocks.entries)
+    entry = block * blocks.entries + numbers_of(blocks.queries, blocks.entries, 1)
+    return (entry >= numbers[:, 0:1]) & (entry < numbers[:, 1:2])
 
 
 def chosen_of(words: Int[Array, "q 128"], first_bit, entries: int):
