@@ -203,6 +203,19 @@ def test_entries_in_many_blocks_are_found(kind, kernel):
         assert close(actual, value, ROUNDING)
 
 
+@pytest.mark.parametrize("kernel", ("xla", *KERNELS))
+@pytest.mark.parametrize("kind", ("window", "range", "chosen"))
+@pytest.mark.parametrize("before", (1, 128, 130))
+def test_queries_of_a_rows_end_are_those_of_the_row(before, kind, kernel):
+    """Their keys begin before them: within a block of a TPU's, at one's end, in the next."""
+    (q, *rest), seen, _ = of_kind(kind, *operands([[70, 3, 62], [1, 100, 34]], 16, 32, 8))
+    wanted = sparse_attention(q, *rest, seen, WINDOW, "xla")
+    at_end = jax.tree.map(lambda x: x[:, before:], seen)
+    found = sparse_attention(q[:, before:], *rest, at_end, WINDOW, kernel)
+    for actual, value in zip(found, wanted, strict=True):
+        assert close(actual, value[:, before:], ROUNDING)
+
+
 def test_blocks_that_are_read_exist_past_the_last_entry():
     blocks = tpu_queries.blocks_of(4, WINDOW)
     (q, keys, entries, sink), seen = operands([[40]], 4, 16, 8)
@@ -236,6 +249,9 @@ def test_what_does_not_fit_together_is_refused():
                   (q, keys, entries, sink, Seen(seen.first_key))):
         with pytest.raises(ValueError, match=r"sparse_attention: expected q \[b, t, h, k\]"):
             sparse_attention(*wrong, WINDOW, "gpu")
+    with pytest.raises(ValueError, match="as many keys as queries, to be differentiated, got 8"):
+        late = jax.tree.map(lambda x: x[:, 1:], seen)
+        jax.vjp(lambda q: sparse_attention(q, keys, entries, sink, late, WINDOW), q[:, 1:])
     many = jnp.zeros((1, 8, 129, 16)), keys, None, jnp.zeros(129), Seen(seen.first_key)
     with pytest.raises(ValueError, match="at most 128 heads and 524288 queries"):
         sparse_attention(*many, WINDOW, "tpu")
@@ -306,6 +322,13 @@ class BlocksOneShort(Blocks):
         return super().window_steps - 1
 
 
+class KeysBeforeForgotten(Blocks):
+    """Blocks of keys as if none were before the queries' own."""
+
+    def key_block(self, block, step):
+        return Blocks(*self._replace(before=0)).key_block(block, step)
+
+
 class WordsOneOff(Blocks):
     """Bits that are looked for one place too far."""
 
@@ -319,6 +342,7 @@ class WordsOneOff(Blocks):
         ({"window": WindowOneShort}, "window"), ({"window": WindowOneShort}, "gradient of keys"),
         ({"entries": EndIncluded}, "range of entries"), ({"bits": SharedBits}, "chosen entries"),
         ({"split": PiecesOverlap}, "queries shared"), ({"blocks": BlocksOneShort}, "TPU, keys"),
+        ({"blocks": KeysBeforeForgotten}, "TPU, keys"),
         ({"blocks": WordsOneOff}, "TPU, entries"),
         ({"shares": GroupsSwapped}, "shares of 1024 entries"),
     ],

@@ -116,9 +116,9 @@ def test_the_choice_is_that_of_the_model(form, kernel):
     stored, end = encode_index_key(rows, form), jnp.asarray([[100], [70]])
     config = SimpleNamespace(index_head_dim=channels, index_topk=topk)
     entries = StoredEntries(stored, jnp.int32(LAYER), config, form)
-    numbers, exist = select_entries(entries, IndexQueries(queries, weights, None), end)
+    numbers = select_entries(entries, IndexQueries(queries, weights, None), end)
     found = select_stored(round_index(queries, form), weights, stored, LAYER, end, topk, kernel)
-    assert existing(found) == existing(jnp.where(exist, numbers, -1))
+    assert existing(found) == existing(numbers)
 
 
 def test_every_byte_is_decoded_as_the_cache_does():

@@ -14,7 +14,6 @@ from flax.linen import meta
 from test_implementation import Described
 
 from dsv4_jax import Transformer, init_params, param_shapes
-from dsv4_jax.cache import init_cache
 from dsv4_jax.config import ModelConfig, Runtime
 from pallas_kernels.mhc import WORTHWHILE
 from pallas_kernels.target import compiling_for
@@ -126,49 +125,6 @@ def test_entries_are_rounded_as_served(compressor):
     for name, value in wanted_gradients.items():
         largest = max(np.abs(x).max() for x in wanted_gradients.values())
         np.testing.assert_allclose(gradients[name], value, rtol=0, atol=FP8_STEP * largest)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("kernel", ("gpu", "tpu"))
-@pytest.mark.parametrize("form", ("float32", "served"))
-def test_generation_chooses_the_entries_that_plain_jax_does(form, kernel):
-    """A prompt, then calls of one token and of three, over caches in both formats."""
-    wanted = logits_of_calls("xla", form)
-    logits = logits_of_calls(f"xla,indexer={kernel}", form)
-    np.testing.assert_allclose(logits, wanted, rtol=0, atol=ROUNDING * np.abs(wanted).max())
-
-
-@functools.cache
-def logits_of_calls(kernels: str, form: str) -> np.ndarray:
-    """Return the logits of calls that read rows into a cache, but for the first."""
-    config = dataclasses.replace(CONFIG, index_head_dim=32)  # a group of scales
-    runtime = Runtime(kernels=kernels, cache=form)
-    model, params = Transformer(config, runtime), init_params(config, jax.random.key(0))
-
-    @quick_jit
-    def read(tokens, state):
-        count = jnp.full(len(tokens), tokens.shape[1], jnp.int32)
-        features, state = model.apply({"params": params}, tokens, count, state, method="extend")
-        return features.logits, state
-
-    state, found = init_cache(config, runtime, rows=2, max_length=64), []
-    for part in np.split(TOKENS, (23, 24, 25, 28), axis=1)[:-1]:
-        logits, state = read(part, state)
-        found.append(np.asarray(logits))
-    return np.concatenate(found[1:], axis=1)
-
-
-def test_a_call_of_few_tokens_over_a_cache_has_the_kernel():
-    def program(tokens: int, kernels: str) -> str:
-        runtime = Runtime(kernels=kernels)
-        model = Transformer(CONFIG, runtime)
-        state = init_cache(CONFIG, runtime, rows=2, max_length=64)
-        params = {"params": meta.unbox(param_shapes(CONFIG))}
-        arrays = params, TOKENS[:, :tokens], np.full(2, tokens, np.int32), state
-        return str(jax.make_jaxpr(functools.partial(model.apply, method="extend"))(*arrays))
-
-    assert program(1, "xla,indexer=gpu").count("name=select_stored") == 1
-    assert "pallas_call" not in program(1, "xla") + program(17, "xla,indexer=gpu")
 
 
 def test_kernels_run_where_they_are_asked_for():

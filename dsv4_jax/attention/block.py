@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from dsv4_jax.attention import by_kernel
 from dsv4_jax.attention.cached import (
+    Choice,
     StoredEntries,
     attend_all,
     attend_best,
@@ -17,6 +18,7 @@ from dsv4_jax.attention.cached import (
     sees_all_entries,
     store_entries,
 )
+from dsv4_jax.attention.cached_by_kernel import attend_by_kernel
 from dsv4_jax.attention.compressor import Compressor, EarlierTokens
 from dsv4_jax.attention.core import all_visible, attend_hybrid, attend_window
 from dsv4_jax.attention.csa import attend_csa
@@ -148,21 +150,19 @@ class Attention(nn.Module):
         c, form, index_form = self.config, self.runtime.entry_format, self.runtime.index_format
         (window, main, index), layer, span = cache.stack, cache.layer, places.span
         earlier, kv, new, window = read_and_write_window(window, layer, kv, span, c, form)
-        kernel = by_kernel.over_cache(
-            q, new, sink, cache, span.start, config=c, runtime=self.runtime
+        attend = attend_by_kernel(
+            q, kv, new, sink, earlier, cache, config=c, runtime=self.runtime
         )
+        common = dict(window=c.sliding_window, earlier=earlier)
         if self.kind == WINDOW:
-            out = kernel() if kernel else attend_window(
-                q, kv, sink, window=c.sliding_window, earlier=earlier
-            )
+            out = attend() if attend else attend_window(q, kv, sink, **common)
             return out, LayerCache(window, None, None)
         layout, ratio = places.layout, c.ratio(self.kind)
         entries, pending = self._compressor()(
             x, layout, places.at_entry, EarlierTokens(main.pending, layer, span)
         )
         main = store_entries(main, layer, encode_entry(entries, c, form), pending, span, ratio)
-        common = dict(window=c.sliding_window, layout=layout, earlier=earlier, kernel=kernel)
-        stored = StoredEntries(main.entries, layer, c, form)
+        stored, choice = StoredEntries(main.entries, layer, c, form), None
         if self.kind == CSA:
             asked, pending = self._indexer()(
                 x, q_rank, layout, places.at_query, places.at_entry,
@@ -171,13 +171,16 @@ class Attention(nn.Module):
             keys = encode_index_key(asked.keys, index_form)
             index = store_entries(index, layer, keys, pending, span, ratio)
             if self.runtime.csa == "sparse" and not sees_all_entries(c):
-                stored_keys = StoredEntries(index.entries, layer, c, index_form)
-                out = attend_best(
-                    q, kv, sink, stored, stored_keys, asked, **common,
-                    implementation=self.runtime.implementation("indexer"),
-                )
-                return out, LayerCache(window, main, index)
-        out = attend_all(q, kv, sink, stored, **common)
+                choice = Choice(StoredEntries(index.entries, layer, c, index_form), asked)
+        if attend:
+            out = attend(stored, layout, choice)
+        elif choice:
+            out = attend_best(
+                q, kv, sink, stored, choice, layout=layout, **common,
+                implementation=self.runtime.implementation("indexer"),
+            )
+        else:
+            out = attend_all(q, kv, sink, stored, layout=layout, **common)
         return out, LayerCache(window, main, index)
 
     def _compressor(self, rounded: bool = False) -> Compressor:

@@ -1,8 +1,6 @@
-"""The attention core by the kernels of a device, in place of `core`, `csa` and `cached`."""
+"""The attention core by the kernels of a device, in place of `core` and `csa`."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +9,9 @@ from dsv4_jax.attention.csa import best_entries
 from dsv4_jax.attention.indexer import IndexQueries
 from dsv4_jax.attention.layout import EntryLayout, document_offsets
 from dsv4_jax.attention.lesson import Lesson
-from dsv4_jax.cache import StackedCache
-from dsv4_jax.config import CSA, FP4, SERVED, ModelConfig, Runtime
-from dsv4_jax.shapes import Array, Entries, Float, Int, Keys, Queries, Tokens
-from pallas_kernels import cached_attention, index_loss, indexer, sparse_attention
-from pallas_kernels.cached_attention import Cached
+from dsv4_jax.config import CSA, FP4, ModelConfig, Runtime
+from dsv4_jax.shapes import Array, Entries, Float, Keys, Queries, Tokens
+from pallas_kernels import index_loss, indexer, sparse_attention
 from pallas_kernels.implementation import XLA, choose
 from pallas_kernels.sparse_attention import Seen
 
@@ -105,37 +101,3 @@ def _lesson(
         return Lesson(divergence, jnp.zeros_like(divergence), jnp.zeros_like(divergence))
     choices = (seen.end - seen.first > config.index_topk).astype(jnp.float32)
     return Lesson(divergence, recall * choices, choices)
-
-
-def over_cache(
-    q: Queries, new: Array, sink: Float[Array, " h"], cache: StackedCache,
-    start: Int[Array, " b"], *, config: ModelConfig, runtime: Runtime,
-) -> Callable | None:
-    """Return what attends a few new tokens to a cache as it is stored; None: no kernel does.
-
-    It takes the fields of `Cached` that say what is seen of entries; without: there are none.
-
-    Args:
-      new: keys of the tokens, as stored.
-      cache: before them.
-      start: position of each row's first token.
-    """
-    if q.shape[1] > min(cached_attention.MOST_TOKENS, config.sliding_window):
-        return None
-    implementation, rotated = runtime.implementation("cached_attention"), config.qk_rope_head_dim
-    ring = cache.stack.window
-    chosen = cached_attention.choose_for(
-        q, ring.shape[2], rotated, runtime.entry_format == SERVED, implementation
-    )
-    if chosen == XLA:
-        return None
-    # A row without tokens may start before them; its output means nothing.
-    cached = Cached(ring, cache.layer, jnp.maximum(start, 0))
-
-    def kernel(**entries) -> Queries:
-        return cached_attention.cached_attention(
-            q, new, sink, cached._replace(**entries), rotated=rotated,
-            invariant=runtime.batch_invariant, implementation=chosen,
-        )
-
-    return kernel

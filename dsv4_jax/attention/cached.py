@@ -33,7 +33,7 @@ from dsv4_jax.cache_format import (
 )
 from dsv4_jax.chunks import map_chunks
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.shapes import Array, Bool, Float, Int, Keys, Queries
+from dsv4_jax.shapes import Array, Float, Int, Keys, Queries
 from pallas_kernels.implementation import XLA
 from pallas_kernels.indexer.stored import MOST_TOKENS, choose_for, select_stored
 
@@ -51,10 +51,22 @@ class StoredEntries(NamedTuple):
         tile = read_tile(self.entries, self.layer, number * ENTRY_TILE, ENTRY_TILE)
         return decode_entry(tile, self.config, self.form, dtype)
 
+    def seen(self, end: Int[Array, "b t"], dtype: jnp.dtype) -> Array:
+        """Return all entries that queries see, [b, c, k]; see `read_seen`."""
+        decode = partial(decode_entry, config=self.config, form=self.form, dtype=dtype)
+        return read_seen(self.entries, self.layer, end, decode)
+
     def chosen(self, index: Int[Array, "b z q l"], dtype: jnp.dtype) -> Array:
         """Return the entries of the given numbers, [b, z, q, l, k]."""
         rows = read_chosen(self.entries, self.layer, index)
         return decode_entry(rows, self.config, self.form, dtype)
+
+
+class Choice(NamedTuple):
+    """What the choice of the best entries compares."""
+
+    index_keys: StoredEntries  # of all entries
+    asked: IndexQueries  # the queries of the indexer
 
 
 def sees_all_entries(config: ModelConfig) -> bool:
@@ -85,15 +97,9 @@ def store_entries(
 
 def attend_all(
     q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries, *, window: int,
-    layout: EntryLayout, earlier: Earlier, kernel: Callable | None = None,
+    layout: EntryLayout, earlier: Earlier,
 ) -> Queries:
-    """Attend each query to its window and to all entries that it sees.
-
-    Args:
-      kernel: does so, if given, as `by_kernel.over_cache` returns it.
-    """
-    if kernel is not None:
-        return kernel(entries=stored.entries, end=layout.end)
+    """Attend each query to its window and to all entries that it sees."""
     tiles = _tiles(stored.entries.shape[2], ENTRY_TILE, layout.end)
 
     def choose(chunk: QueryBlocks):
@@ -106,36 +112,58 @@ def attend_all(
 
 
 def attend_best(
-    q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries,
-    index_keys: StoredEntries, asked: IndexQueries, *, window: int, layout: EntryLayout,
-    earlier: Earlier, implementation: str = XLA, kernel: Callable | None = None,
+    q: Queries, keys: Keys, sink: Float[Array, " h"], stored: StoredEntries, choice: Choice, *,
+    window: int, layout: EntryLayout, earlier: Earlier, implementation: str,
 ) -> Queries:
     """Attend each query to its window and to its best visible entries by index score.
 
     Args:
-      index_keys: of all entries.
-      asked: the queries of the indexer.
       implementation: of the choice of entries.
-      kernel: attends, if given, as `by_kernel.over_cache` returns it.
     """
-    index, exists = select_entries(index_keys, asked, layout.end, implementation)
-    if kernel is not None:
-        return kernel(entries=stored.entries, chosen=jnp.where(exists, index, -1))
+    best = select_entries(*choice, layout.end, implementation)
 
     def choose(chunk: QueryBlocks) -> Compressed:
-        index, exists = chunk.extra
-        return Compressed(stored.chosen(index, q.dtype), exists)
+        (best,) = chunk.extra
+        return Compressed(stored.chosen(jnp.maximum(best, 0), q.dtype), best >= 0)
 
     return attend_cached(
         q, keys, sink, window=window, layout=layout, earlier=earlier, choose=choose,
-        slots=index.shape[-1], extra=(index, exists),
+        slots=best.shape[-1], extra=(best,),
     )
+
+
+def read_seen(
+    entries: Array, layer: Int[Array, ""], end: Int[Array, "b t"], decode: Callable
+) -> Array:
+    """Return one layer's stored entries that queries see, decoded, and 0 or others for the rest.
+
+    Args:
+      end: one past the last entry that each query sees.
+    """
+    slots = entries.shape[2]
+    size = min(INDEX_TILE, slots)
+
+    def tile(start):
+        return decode(read_tile(entries, layer, start, size))
+
+    tiles = _tiles(slots, size, end)
+    if isinstance(tiles, int):
+        return tile(0)
+    nothing = jax.eval_shape(tile, 0)
+    nothing = jnp.zeros((nothing.shape[0], slots, nothing.shape[2]), nothing.dtype)
+
+    def add_tile(number, out):
+        # The last tile may begin earlier, to end with the array.
+        start = jnp.minimum(number * size, slots - size)
+        return jax.lax.dynamic_update_slice_in_dim(out, tile(start), start, axis=1)
+
+    return jax.lax.fori_loop(0, tiles, add_tile, nothing)
 
 
 def select_entries(
     stored: StoredEntries, asked: IndexQueries, end: Int[Array, "b t"], implementation: str = XLA
-) -> tuple[Int[Array, "b t l"], Bool[Array, "b t l"]]:
-    """Return the numbers of each query's best entries and which of them exist.
+) -> Int[Array, "b t l"]:
+    """Return the numbers of each query's best entries; -1 where there are no more.
 
     Stored keys are scored tile by tile beside the best so far, so that no array is as long as the
     row. Ties go to the lowest number, as in `indexer.top_entries`.
@@ -150,10 +178,9 @@ def select_entries(
     queries = round_index(asked.queries, form)
     b, t, heads, _ = queries.shape
     if t <= MOST_TOKENS and choose_for(queries, index_keys, implementation) != XLA:
-        numbers = select_stored(
+        return select_stored(
             queries, asked.head_weights, index_keys, layer, end, k, implementation
         )
-        return jnp.maximum(numbers, 0), numbers >= 0
 
     def best_of_tile(tile):
         # The last tile may begin earlier, to end with the array; what it repeats is left out.
@@ -185,7 +212,7 @@ def select_entries(
     # A single tile needs no loop, of which the number of operations could not be counted.
     single = isinstance(tiles, int)
     scores, numbers = add_tile(0, best) if single else jax.lax.fori_loop(0, tiles, add_tile, best)
-    return numbers, scores > -jnp.inf
+    return jnp.where(scores > -jnp.inf, numbers, -1)
 
 
 def _tiles(slots: int, size: int, end: Int[Array, "b t"]) -> Int[Array, ""] | int:

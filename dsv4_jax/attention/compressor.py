@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.attention.layout import EntryLayout, blocks_touched
+from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.cache import Pending, Span, write_ring
 from dsv4_jax.cache_format import round_entry
 from dsv4_jax.config import ModelConfig, Runtime
@@ -55,34 +55,20 @@ def overlap(
     """
     before = blocks[:, :, :, 0]
     before = jnp.pad(before, ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=fill)[:, :-1]
-    return _join_series(before, blocks[:, :, :, 1], layout, fill)
-
-
-def _join_series(before: Array, own: Array, layout: EntryLayout, fill: float) -> Array:
     if layout.has_previous is not None:
         before = jnp.where(layout.has_previous[..., None, None], before, fill)
-    return jnp.concatenate([before, own], axis=2)
+    return jnp.concatenate([before, blocks[:, :, :, 1]], axis=2)
 
 
-def open_blocks(
-    ring: Float[Array, "b s *rest"], new: Float[Array, "b t *rest"], start: Int[Array, " b"],
-    ratio: int, count: int, before: int,
-) -> Array:
-    """Return the blocks that new tokens may complete, [b, before + count, ratio, ...].
-
-    Args:
-      ring: what is kept of earlier tokens, at their position modulo the slots.
-      start: position of the first new token; its block is the first of `count`.
-      before: blocks wanted in front of it; where a row has none, their content is arbitrary.
-    """
-    slots, t = ring.shape[1], new.shape[1]
-    first = (start // ratio - before) * ratio
-    position = first[:, None] + jnp.arange((before + count) * ratio)
-    start = start[:, None]
-    slot = jnp.where(position < start, position % slots, slots + position - start)
-    joined = jnp.concatenate([ring, new], axis=1)
-    rows = jax.vmap(lambda row, i: row[i])(joined, jnp.minimum(slot, slots + t - 1))
-    return rows.reshape(rows.shape[0], before + count, ratio, *rows.shape[2:])
+def keep_pending(
+    values: Float[Array, "b t *u k"], gates: Float[Array, "b t *u k"], earlier: EarlierTokens
+) -> Pending:
+    """Return what is kept of the rows' last tokens, those of this call included."""
+    pending, layer, span = earlier
+    return Pending(
+        write_ring(pending.values, layer, values, span),
+        write_ring(pending.gates, layer, gates, span),
+    )
 
 
 class Compressor(nn.Module):
@@ -128,46 +114,50 @@ class Compressor(nn.Module):
             project(form, x, w, self.runtime, preferred_element_type=jnp.float32)
             for w in (w_kv, w_gate)
         )
-        kernel = XLA  # with a cache: a kernel would fill up one token to a block of entries
         if earlier is None:
-            kernel = compressor.choose_for(
-                x.shape[1] // self.ratio, x.dtype, self.runtime.implementation("compressor")
-            )
+            return self._entries(values, gates, bias, norm, layout, at, x.dtype), None
+        kept = keep_pending(values, gates, earlier)
+        values, gates, layout, at = self._with_earlier(values, gates, layout, at, earlier)
+        entries = self._entries(values, gates, bias, norm, layout, at, x.dtype)
+        return entries[:, 1:] if self.overlapping else entries, kept
+
+    def _entries(self, values, gates, bias, norm, layout: EntryLayout, at: Rotation, dtype):
+        kernel = compressor.choose_for(
+            at.cos.shape[1], dtype, self.runtime.implementation("compressor")
+        )
         if kernel != XLA:
-            entries = compressor.compress(
+            return compressor.compress(
                 values, gates, bias, norm, *at, layout.start, layout.has_previous,
-                eps=self.config.rms_norm_eps, dtype=x.dtype, rounded=self.rounded,
+                eps=self.config.rms_norm_eps, dtype=dtype, rounded=self.rounded,
                 implementation=kernel,
             )
-            return entries, None
-        if earlier is None:
-            pending = None
-            values = take_blocks(values, layout, self.ratio)
-            gates = take_blocks(gates, layout, self.ratio) + bias
-            if self.overlapping:
-                values, gates = overlap(values, layout, 0.0), overlap(gates, layout, -jnp.inf)
-        else:
-            values, gates, pending = self._with_earlier(values, gates, bias, layout, earlier)
+        values = take_blocks(values, layout, self.ratio)
+        gates = take_blocks(gates, layout, self.ratio) + bias
+        if self.overlapping:
+            values, gates = overlap(values, layout, 0.0), overlap(gates, layout, -jnp.inf)
         entries = rms_norm(pool(values, gates), norm, eps=self.config.rms_norm_eps)
-        entries = rotate(entries.astype(x.dtype), at)
-        return round_entry(entries, self.config) if self.rounded else entries, pending
+        entries = rotate(entries.astype(dtype), at)
+        return round_entry(entries, self.config) if self.rounded else entries
 
-    def _with_earlier(self, values, gates, bias, layout: EntryLayout, earlier: EarlierTokens):
-        """Complete blocks that earlier tokens began; return blocks and what is pending now."""
+    def _with_earlier(self, values, gates, layout: EntryLayout, at: Rotation, earlier):
+        """Put earlier tokens before the new ones, so that blocks lie in one row.
+
+        An overlapping compressor gets the block before the first as an entry, which is not wanted.
+        """
         pending, layer, span = earlier
-        position = span.start[:, None] + jnp.arange(values.shape[1])
-        gates = gates + bias[position % self.ratio]
-        count, before = blocks_touched(values.shape[1], self.ratio), int(self.overlapping)
+        slots = pending.values.shape[2]
+        order = (span.start[:, None] + jnp.arange(slots)) % slots
 
-        def blocks(ring, new, fill):
-            taken = open_blocks(ring[layer], new, span.start, self.ratio, count, before)
-            if not self.overlapping:
-                return taken
-            return _join_series(taken[:, :-1, :, 0], taken[:, 1:, :, 1], layout, fill)
+        def join(ring, new):
+            before = jax.vmap(lambda row, i: row[i])(ring[layer], order)
+            return jnp.concatenate([before, new], axis=1)
 
-        kept = Pending(
-            write_ring(pending.values, layer, values, span),
-            write_ring(pending.gates, layer, gates, span),
-        )
-        values = blocks(pending.values, values, 0.0)
-        return values, blocks(pending.gates, gates, -jnp.inf), kept
+        values, gates = map(join, pending, (values, gates))
+        start, has_previous = layout.start - span.start[:, None] + slots, layout.has_previous
+        if self.overlapping:
+            start = jnp.concatenate([start[:, :1] - self.ratio, start], axis=1)
+            has_previous = jnp.pad(has_previous, ((0, 0), (1, 0)))
+            at = Rotation(*(jnp.pad(x, ((0, 0), (1, 0), (0, 0))) for x in at))
+        # The last blocks may lack tokens: what they are read as is not kept.
+        start = jnp.minimum(start, values.shape[1] - self.ratio)
+        return values, gates, layout._replace(start=start, has_previous=has_previous), at

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import AUTO, TPU, XLA, choose
 from pallas_kernels.indexer import gpu, reference, tpu
-from pallas_kernels.indexer.stored import select_stored
+from pallas_kernels.indexer.stored import MOST_TOKENS, select_stored
 from pallas_kernels.sparse_attention.seen import Seen
 
-__all__ = ["select", "select_stored"]
+__all__ = ["MOST_TOKENS", "select", "select_stored"]
 
 MOST_QUERIES = 2**19  # a TPU holds two numbers of each block of 8 beside its program
 

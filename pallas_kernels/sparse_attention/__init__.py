@@ -28,7 +28,7 @@ MOST_HEADS, MOST_QUERIES = 128, 2**19
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def sparse_attention(
-    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
+    q: Float[Array, "b t h k"], keys: Float[Array, "b s k"], entries: Float[Array, "b c k"] | None,
     sink: Float[Array, " h"], seen: Seen, window: int, implementation: str = AUTO,
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
     """Attend each query to the keys and entries that it sees.
@@ -38,6 +38,8 @@ def sparse_attention(
     Sums are float32; weights meet the values in the dtype of q.
 
     Args:
+      keys: the queries' own and, in front of them, any number that were there before. With such
+        there are no gradients.
       entries: compressed ones; None, as in window layers: there are none.
       seen: what queries see. `first` and `end` are wanted with `chosen`, too: chosen entries lie
         between them, and neither falls along a row.
@@ -45,7 +47,7 @@ def sparse_attention(
     Returns:
       o in the dtype of q, and log(sum exp(z) + exp(sink_h)), float32.
     Raises:
-      ValueError: there is no such implementation.
+      ValueError: there is no such implementation, or the arrays do not fit together.
     Source: report 2.3; fact sheet 2.3 and 2.5.
     """
     _check(q, keys, entries, sink, seen)
@@ -82,15 +84,16 @@ def choose_for(q: Float[Array, "b t h k"], implementation: str) -> str:
 
 def _check(q, keys, entries, sink, seen: Seen) -> None:
     b, t, h, k = q.shape
-    wanted, found = [(b, t, k), (h,), (b, t)], [keys.shape, sink.shape, seen.first_key.shape]
+    s = max(t, *keys.shape[1:2])
+    wanted, found = [(b, s, k), (h,), (b, t)], [keys.shape, sink.shape, seen.first_key.shape]
     if entries is not None:
         wanted += [(b, *entries.shape[1:2], k), (b, t), (b, t)]
         found += [entries.shape, *(None if x is None else x.shape for x in (seen.first, seen.end))]
     if wanted != found:
         raise ValueError(
-            "sparse_attention: expected q [b, t, h, k], keys [b, t, k], sink [h], first_key [b, t] "
-            f"and, with entries [b, c, k], first and end [b, t]: for q {q.shape} {wanted}, got "
-            f"{found}"
+            "sparse_attention: expected q [b, t, h, k], keys [b, s, k], s from t on, sink [h], "
+            "first_key [b, t] and, with entries [b, c, k], first and end [b, t]: for q "
+            f"{q.shape} {wanted}, got {found}"
         )
 
 
@@ -100,11 +103,16 @@ def _plain(q, keys, entries, sink, seen: Seen, window: int):
         entries, mask = jnp.zeros((b, 0, q.shape[-1]), q.dtype), jnp.zeros((b, t, 0), bool)
     else:
         mask = entry_mask(seen, entries.shape[1])
-    key_mask = reference.window_mask(seen.first_key, window)
+    key_mask = reference.window_mask(seen.first_key, window, keys.shape[1] - t)
     return reference.sparse_attention(q, keys, entries, sink, key_mask, mask)
 
 
 def _forward(q, keys, entries, sink, seen, window, implementation):
+    if keys.shape[1] > q.shape[1]:
+        raise ValueError(
+            "sparse_attention: expected as many keys as queries, to be differentiated, got "
+            f"{keys.shape[1]} keys of {q.shape[1]} queries"
+        )
     out, log_total = sparse_attention(q, keys, entries, sink, seen, window, implementation)
     return (out, log_total), (q, keys, entries, sink, seen, out, log_total)
 

@@ -193,19 +193,25 @@ def _pieces(kind: type[Split]) -> Proof:
     return proof
 
 
-def _block_and_query(proof: Proof, queries: int):
-    """Return a row's blocks of keys, a block of queries, one of these and its first key."""
-    key_blocks = proof.integer("blocks of keys", 1, TOKENS // KEY_BLOCK)
-    block = proof.integer("block", 0, key_blocks * (KEY_BLOCK // queries) - 1)
-    query = block * queries + proof.integer("place", 0, queries - 1)
-    return key_blocks, block, query, proof.integer("first_key", 0, query)
+def _block_and_query(proof: Proof, blocks: Blocks, own: int):
+    """Return a block of queries, one of these and its first key.
+
+    Args:
+      own: blocks of keys that are the queries' own.
+    """
+    block = proof.integer("block", 0, own * (KEY_BLOCK // blocks.queries) - 1)
+    query = blocks.query(block, proof.integer("place", 0, blocks.queries - 1))
+    return block, query, proof.integer("first_key", 0, query)
 
 
 def _blocks_of_keys(kind: type[Blocks], queries: int) -> Proof:
     proof = Proof(OPERATION, f"TPU, keys for blocks of {queries} queries")
     width = proof.integer("window", 1, TOKENS)
-    blocks = kind(width, queries, KEY_BLOCK, ENTRY_BLOCK)
-    key_blocks, block, query, first_key = _block_and_query(proof, queries)
+    key_blocks = proof.integer("blocks of keys", 1, TOKENS // KEY_BLOCK)
+    before = proof.integer("of these before", 0, key_blocks - 1)
+    blocks = kind(width, queries, KEY_BLOCK, ENTRY_BLOCK, before * KEY_BLOCK)
+    block, query, first_key = _block_and_query(proof, blocks, key_blocks - before)
+    proof.state("queries are keys", (query >= 0) & (query < key_blocks * KEY_BLOCK))
     key = proof.integer("key", 0, query)
     shown = _shown(query, first_key, width, key)
     own = div(key, KEY_BLOCK)
@@ -264,7 +270,8 @@ def _blocks_of_queries(kind: type[Blocks], queries: int) -> Proof:
     proof = Proof(OPERATION, f"TPU, blocks of {queries} queries for keys")
     width = proof.integer("window", 1, TOKENS)
     blocks = kind(width, queries, KEY_BLOCK, ENTRY_BLOCK)
-    key_blocks, block, query, first_key = _block_and_query(proof, queries)
+    key_blocks = proof.integer("blocks of keys", 1, TOKENS // KEY_BLOCK)
+    block, query, first_key = _block_and_query(proof, blocks, key_blocks)
     key = proof.integer("key", 0, query)
     own = div(key, KEY_BLOCK)
     step_of_query = block - blocks.query_block(own, 0)

@@ -92,6 +92,7 @@ def attend(
     """Return the output and the logarithm of the softmax's total; arguments as `fitted`."""
     tiles = FORWARD
     heads, width = min(tiles.heads, q.shape[2]), q.shape[3]
+    before = keys.shape[1] - q.shape[1]
 
     def kernel(q_ref, sink_ref, keys_ref, *refs):
         *seen_refs, out_ref, total_ref = refs
@@ -99,7 +100,9 @@ def attend(
         # The sink is part of every softmax, so that it makes a finite first maximum.
         top = sink_ref[...] * LOG2_E
         state = top, jnp.ones_like(top), jnp.zeros((heads, width), jnp.float32)
-        top, total, out = over_tiles(window, tiles.keys, keys_ref, seen_refs, fold, state)
+        query = before + pl.program_id(0)
+        see = Window(window, tiles.keys)
+        top, total, out = over_tiles(see, query, keys_ref, seen_refs, fold, state)
         out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
         total_ref[...] = (top + jnp.log2(total)) / LOG2_E
 
@@ -159,7 +162,8 @@ def query_gradient(
             return out + plgpu.dot(error.astype(kv.dtype), kv)
 
         out = jnp.zeros((heads, width), jnp.float32)
-        out = over_tiles(window, tiles.keys, keys_ref, seen_refs, fold, out)
+        see = Window(window, tiles.keys)
+        out = over_tiles(see, pl.program_id(0), keys_ref, seen_refs, fold, out)
         out_ref[...] = (out * scale).astype(out_ref.dtype)
 
     of_rows, of_row = _row_specs(heads, width)
@@ -175,16 +179,17 @@ def query_gradient(
     )(*rows, *_operands(keys, entries, seen))
 
 
-def over_tiles(window: int, tile: int, keys_ref, seen_refs, fold: Callable, state):
-    """Fold all that this program's query sees into a state.
+def over_tiles(see: Window, query, keys_ref, seen_refs, fold: Callable, state):
+    """Fold all that a query sees into a state.
 
     Args:
+      query: where it stands among the keys.
       seen_refs: of the first key and, if there are entries, these and which of them are seen.
       fold: from a state, a tile of key-values and which of them are seen to a state.
     """
     first_key_ref, *entry_refs = seen_refs
-    keys = Window(window, tile).seen(pl.program_id(0), first_key_ref[...])
-    state = _over_range(tile, keys_ref, *keys, fold, state)
+    tile = see.tile
+    state = _over_range(tile, keys_ref, *see.seen(query, first_key_ref[...]), fold, state)
     if len(entry_refs) == 2:
         return _over_chosen(tile, *entry_refs, fold, state)
     if len(entry_refs) == 3:

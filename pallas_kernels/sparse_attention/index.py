@@ -131,15 +131,20 @@ class Blocks(NamedTuple):
     queries: int  # of a block; divides `keys`
     keys: int  # of a block
     entries: int  # of a block
+    before: int = 0  # keys in front of the first query's own; a multiple of `keys`
 
     @property
     def window_steps(self) -> Index:
         """Return how many blocks hold the windows of a block of queries."""
         return 1 + cdiv(self.window - 1, self.keys)
 
+    def query(self, block: Index, place: Index) -> Index:
+        """Return where a query of a block stands among the keys."""
+        return self.before + block * self.queries + place
+
     def key_block(self, block: Index, step: Index) -> Index:
         """Return the block of keys of a step; below 0 there is none."""
-        return div(block * self.queries, self.keys) - (self.window_steps - 1) + step
+        return div(self.query(block, 0), self.keys) - (self.window_steps - 1) + step
 
     def key_block_read(self, block: Index, step: Index) -> Index:
         """Return the block of keys that is in memory at a step."""
@@ -165,7 +170,8 @@ class Blocks(NamedTuple):
         """Return the bit that its first 128 entries have; the next 128 have the next one."""
         return mod(div(entry_block * self.entries, Bits.LANES), Bits.WORD)
 
-    # The other way round, for gradients: a grid (row, block of keys, step), steps for queries.
+    # The other way round, for gradients: a grid (row, block of keys, step), steps for queries. No
+    # keys are before these.
 
     @property
     def query_steps(self) -> Index:

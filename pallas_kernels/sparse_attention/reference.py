@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def sparse_attention(
-    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"],
+    q: Float[Array, "b t h k"], keys: Float[Array, "b s k"], entries: Float[Array, "b c k"],
     sink: Float[Array, " h"], key_mask: Bool[Array, "b t s"], entry_mask: Bool[Array, "b t c"],
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
     """Attend queries to what the masks show of keys and entries: one softmax with the sink.
@@ -29,10 +29,16 @@ def sparse_attention(
     return out.astype(q.dtype), top + jnp.log(total)
 
 
-def window_mask(first_key: Int[Array, "b t"], window: int) -> Bool[Array, "b t s"]:
-    """Return the keys of the last `window` tokens, the own included, from `first_key` on."""
-    t = first_key.shape[1]
-    query, key = jnp.arange(t)[:, None], jnp.arange(t)
+def window_mask(
+    first_key: Int[Array, "b t"], window: int, before: int = 0
+) -> Bool[Array, "b t s"]:
+    """Return the keys of the last `window` tokens, the own included, from `first_key` on.
+
+    Args:
+      before: keys in front of the first query's own.
+    """
+    key = jnp.arange(before + first_key.shape[1])
+    query = key[before:, None]
     return (key <= query) & (key > query - window) & (key >= first_key[..., None])
 
 

@@ -20,7 +20,7 @@ def forward(
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
     """Return output and logarithm of the softmax's total, as `sparse_attention` does."""
     _, t, h, k = q.shape
-    blocks = blocks_of(h, window)
+    blocks = blocks_of(h, window, keys.shape[1] - t)
     x = fitted(q, keys, entries, sink, seen, blocks)
     out, log_total = attend(x, blocks, k**-0.5)
     return out[:, :t, :h, :k], log_total[:, :t, :h]

@@ -43,19 +43,26 @@ class Fitted(NamedTuple):
     last: Int[Array, "b z"]
 
 
-def blocks_of(heads: int, window: int) -> Blocks:
-    """Return how the work is cut up."""
+def blocks_of(heads: int, window: int, before: int = 0) -> Blocks:
+    """Return how the work is cut up.
+
+    Args:
+      before: keys in front of the first query's own; they are filled up to whole blocks.
+    """
     queries = max(1, min(KEYS, ROWS // (cdiv(heads, HEADS) * HEADS)))
-    return Blocks(window, 1 << (queries.bit_length() - 1), KEYS, ENTRIES)
+    before = cdiv(before, KEYS) * KEYS
+    return Blocks(window, 1 << (queries.bit_length() - 1), KEYS, ENTRIES, before)
 
 
 def fitted(q, keys, entries, sink, seen: Seen, blocks: Blocks) -> Fitted:
     """Fill up to whole blocks; queries past the end see nothing."""
-    q, sink = fitted_rows(q), pad_axes(sink.astype(jnp.float32), {0: HEADS})
-    keys = pad_axes(keys, {1: KEYS, 2: LANES})
     t, words = seen.first_key.shape[1], None
+    added = blocks.before - (keys.shape[1] - t)
+    keys = pad_axes(jnp.pad(keys, ((0, 0), (added, 0), (0, 0))), {1: KEYS, 2: LANES})
+    q, sink = fitted_rows(q), pad_axes(sink.astype(jnp.float32), {0: HEADS})
     after = ((0, 0), (0, q.shape[1] - t))
-    first_key = jnp.pad(seen.first_key.astype(jnp.int32), after, constant_values=q.shape[1])
+    first_key = seen.first_key.astype(jnp.int32) + added
+    first_key = jnp.pad(first_key, after, constant_values=keys.shape[1])
     if entries is None:
         first = end = jnp.zeros_like(first_key)
     else:
@@ -174,7 +181,7 @@ def _fold_step(blocks: Blocks, first_ref, last_ref, kv_refs, fold: Callable) -> 
     """
     numbers_ref, keys_ref, *entry_refs = kv_refs
     row, block, step = map(pl.program_id, range(3))
-    query = block * blocks.queries + numbers_of(blocks.queries, 1, 0)
+    query = blocks.query(block, numbers_of(blocks.queries, 1, 0))
     key_block = blocks.key_block(block, step)
 
     @pl.when((step < blocks.window_steps) & (key_block >= 0))
