@@ -107,5 +107,5 @@ def test_kernels_read_the_cache_for_few_tokens_and_for_many():
     assert kernels_of(17, "xla,indexer=gpu", "select_stored") == 0
     assert kernels_of(9, "xla,sparse_attention=gpu", "attend") == 3
     assert kernels_of(8, "xla,sparse_attention=gpu", "attend") == 0
-    assert kernels_of(17, "tpu", "select") == 1
+    assert kernels_of(17, "tpu", "select_entries") == 1
     assert kernels_of(9, "xla,compressor=tpu", "compress") == 3  # two of CSA

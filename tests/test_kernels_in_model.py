@@ -136,7 +136,7 @@ def test_kernels_run_where_they_are_asked_for():
     assert "pallas_call" not in primitives(kernels="xla")
     assert primitives(kernels="xla,sparse_attention=gpu").count("name=attend") == 3
     assert primitives(kernels="xla,compressor=tpu").count("name=compress") == 3  # two of CSA
-    assert primitives(kernels="gpu").count("name=select") == 1
+    assert primitives(kernels="gpu").count("name=select_entries") == 1
     assert primitives(kernels="tpu").count("name=expert_output") == 3
     learning = primitives(kernels="xla,sparse_attention=gpu,index_loss=gpu", index_learns=True)
     assert learning.count("name=attend") == 3 and learning.count("name=index_sums") == 1

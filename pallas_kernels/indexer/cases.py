@@ -16,7 +16,7 @@ from pallas_kernels.sparse_attention.seen import Seen
 HEADS, WIDTH, RATIO = 64, 128, 4
 TOPK = {"Flash": 512, "Pro": 1024}
 TOKENS = (4096, 65536)
-
+CHUNK = 1024  # of a prompt's tokens that are read at once
 
 CONTEXTS, BATCHES = (2**17, 2**20), (1, 32, 128)  # tokens and rows at a step of generation
 LAYERS = 2  # of the cache: how many there are is of no account
@@ -62,33 +62,35 @@ def _stored_case(model: str, topk: int, context: int, rows: int) -> Case:
 def _choices() -> Iterator[Case]:
     for model, topk in TOPK.items():
         for tokens in TOKENS:
-            entries = tokens // RATIO
-            queries, keys = (tokens, HEADS, WIDTH), (entries, WIDTH)
-            arrays = [
-                jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
-                for shape in (queries, queries[:2], keys)
-            ]
-            numbers = [jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 2
-            pairs = sum((t + 1) // RATIO for t in range(tokens))
-            moved = 2 * (tokens * HEADS * (WIDTH + 1) + entries * WIDTH) + 4 * tokens * topk
-            yield Case(
-                "indexer", f"{model}: {tokens:,} tokens", _select(topk), (*arrays, *numbers),
-                2 * HEADS * WIDTH * pairs, moved, special=_ranges(tokens),
-            )
+            yield _choice(model, topk, 0, tokens)
+        yield _choice(model, topk, CONTEXTS[-1] - CHUNK, CHUNK)
 
 
-def _ranges(tokens: int) -> Callable:
-    """Make the entries that queries see: all that are complete."""
-    return lambda rng: {
-        3: np.zeros((1, tokens), np.int32), 4: (np.arange(1, tokens + 1) // RATIO)[None],
-    }
+def _choice(model: str, topk: int, before: int, tokens: int) -> Case:
+    """Make a case of a row, or of a prompt's last tokens, which compare as served models do."""
+    end = (np.arange(tokens) + before + 1) // RATIO
+    entries, queries = int(end[-1]), (tokens, HEADS, WIDTH)
+    arrays = [
+        jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16)
+        for shape in (queries, queries[:2], (entries, WIDTH))
+    ]
+    numbers = [jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 2
+    name = f"{model}: {tokens:,} tokens" + (f" after {before:,}" if before else "")
+    return Case(
+        "indexer", name, _select(topk, rounded=before > 0), (*arrays, *numbers),
+        2 * HEADS * WIDTH * int(end.sum()),
+        2 * (tokens * HEADS * (WIDTH + 1) + entries * WIDTH) + 4 * tokens * topk,
+        special=lambda rng: {3: np.zeros((1, tokens), np.int32), 4: end[None]},
+    )
 
 
-def _select(topk: int):
+def _select(topk: int, *, rounded: bool) -> Callable:
     def run(implementation: str):
         def chosen(queries, head_weights, keys, first, end):
             seen = Seen(first, first, end)
-            found = select(queries, head_weights, keys, seen, topk, implementation)
+            found = select(
+                queries, head_weights, keys, seen, topk, implementation, rounded=rounded
+            )
             return found.words if found.chosen is None else found.chosen
 
         return chosen

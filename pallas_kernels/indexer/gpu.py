@@ -88,7 +88,7 @@ def select(
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=TILES.warps, num_stages=TILES.stages),
         interpret=target_platform() != GPU,
-        name="select",
+        name="select_entries",
     )(*operands)
     return chosen[:, :, :topk]
 

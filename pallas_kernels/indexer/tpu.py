@@ -108,7 +108,7 @@ def select(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
         interpret=target_platform() != TPU,
-        name="select",
+        name="select_entries",
     )(x.begin, x.last, x.queries, x.weights, x.numbers, x.keys)
     return words[:, : queries.shape[1]]
 

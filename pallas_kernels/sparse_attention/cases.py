@@ -11,11 +11,14 @@ import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.sparse_attention import Seen, sparse_attention
+from pallas_kernels.sparse_attention.index import Bits
+from pallas_kernels.sparse_attention.seen import pack_chosen
 
 WIDTH, WINDOW = 512, 128
 CSA, HCA = "CSA", "HCA"
 RATIOS = {CSA: 4, HCA: 128}
 TOKENS = 4096
+CHUNK, CONTEXT = 1024, 2**20  # of a prompt: tokens that are read at once, and all of it
 
 
 class Model(NamedTuple):
@@ -35,42 +38,52 @@ def cases() -> Iterator[Case]:
         for kind in ("window", HCA, CSA):
             yield _case(name, model, kind, TOKENS, backward=False)
             yield _case(name, model, kind, TOKENS, backward=True)
+            if kind != "window":
+                yield _case(name, model, kind, CHUNK, backward=False, before=CONTEXT - CHUNK)
         yield _case(name, model, CSA, model.most_tokens, backward=False)
     yield _case("Flash", MODELS["Flash"], CSA, 32768, backward=True)
 
 
-def _case(name: str, model: Model, kind: str, tokens: int, *, backward: bool) -> Case:
-    entries = tokens // RATIOS[kind] if kind in RATIOS else 0
-    rows, keys = (tokens, model.heads, WIDTH), (tokens, WIDTH)
+def _case(
+    name: str, model: Model, kind: str, tokens: int, *, backward: bool, before: int = 0
+) -> Case:
+    """Make a case of a row, or of its last tokens: those before are seen through a cache."""
+    entries = (before + tokens) // RATIOS[kind] if kind in RATIOS else 0
+    rows, keys = (tokens, model.heads, WIDTH), (tokens + min(before, WINDOW), WIDTH)
     arguments = [(1, *rows), (1, *keys)] + [(1, entries, WIDTH)] * (entries > 0)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arguments]
     arguments.append(jax.ShapeDtypeStruct((model.heads,), jnp.float32))
-    numbers = [(1, tokens)] * (3 if entries else 1) + [(1, tokens, model.topk)] * (kind == CSA)
+    numbers = [(1, tokens)] * (3 if entries else 1)
+    if kind == CSA:  # in both forms, of which a GPU takes the first, a TPU the second
+        numbers += [(1, tokens, model.topk), (1, tokens, Bits(entries).words)]
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
-    pairs = _pairs(model, kind, tokens)
+    pairs = _pairs(model, kind, before, tokens)
     flops = 4 * model.heads * WIDTH * pairs * (3.5 if backward else 1)
     slots = tokens * (WINDOW + {CSA: model.topk, HCA: entries}.get(kind, 0))
     own = 2 * tokens * model.heads * WIDTH * 2 * (2 if backward else 1)
-    gathered = 2 * (tokens + entries) * WIDTH + 4 * tokens * model.topk * (kind == CSA)
+    gathered = 2 * (keys[0] + entries) * WIDTH + 4 * tokens * model.topk * (kind == CSA)
     direction = "forward and backward" if backward else "forward"
+    direction += f" after {before:,}" if before else ""
     return Case(
         "sparse_attention", f"{name}: {kind}, {tokens:,} tokens, {direction}",
         _backward(entries) if backward else _forward(entries), tuple(arguments), flops,
-        own + gathered, slots / pairs, covered=not backward,
-        special=_numbers(model, kind, tokens, len(arguments) - len(numbers)),
+        own + gathered, slots / pairs, covered=not backward and not before,
+        special=_numbers(model, kind, before, tokens, len(arguments) - len(numbers)),
     )
 
 
-def _numbers(model: Model, kind: str, tokens: int, place: int) -> Callable:
+def _numbers(model: Model, kind: str, before: int, tokens: int, place: int) -> Callable:
     """Make what queries see: a row of one document, random entries of those that are complete."""
 
     def make(rng: np.random.Generator) -> dict[int, np.ndarray]:
-        zeros, count = np.zeros((1, tokens), np.int32), np.arange(1, tokens + 1)
+        zeros, count = np.zeros((1, tokens), np.int32), np.arange(tokens) + before + 1
         made = [zeros]
         if kind in RATIOS:
             made += [zeros, (count // RATIOS[kind])[None]]
         if kind == CSA:
-            made.append(np.stack([_picks(rng, n, model.topk) for n in count // RATIOS[CSA]])[None])
+            complete = count // RATIOS[CSA]
+            picks = np.stack([_picks(rng, n, model.topk) for n in complete])[None]
+            made += [picks, pack_chosen(jnp.asarray(picks, jnp.int32), int(complete[-1]))]
         return {place + i: x for i, x in enumerate(made)}
 
     return make
@@ -82,11 +95,11 @@ def _picks(rng: np.random.Generator, entries: int, topk: int) -> np.ndarray:
     return np.pad(picks, (0, topk - picks.size), constant_values=-1)
 
 
-def _pairs(model: Model, kind: str, tokens: int) -> int:
-    """Return how many keys and entries all queries of a row together see."""
-    most = {CSA: model.topk, HCA: tokens}.get(kind, 0)
-    ratio = RATIOS.get(kind, 1)
-    return sum(min(t, WINDOW) + min(t // ratio, most) for t in range(1, tokens + 1))
+def _pairs(model: Model, kind: str, before: int, tokens: int) -> int:
+    """Return how many keys and entries all queries together see."""
+    most = {CSA: model.topk, HCA: before + tokens}.get(kind, 0)
+    ratio, count = RATIOS.get(kind, 1), range(before + 1, before + tokens + 1)
+    return sum(min(t, WINDOW) + min(t // ratio, most) for t in count)
 
 
 def _forward(entries: int) -> Callable:
