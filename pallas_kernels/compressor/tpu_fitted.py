@@ -17,7 +17,7 @@ from pallas_kernels.target import TPU, target_platform
 
 LANES = 128
 ELEMENTS = 2**18  # of values in a step, if 8 entries have no more
-MOST_ENTRIES = 128  # of a step
+ENTRIES = 8, 16, 32, 64, 128  # of a step
 MEMORY = 48 * 2**20
 
 
@@ -63,9 +63,8 @@ def sizes_of(x: Operands) -> Sizes:
     ratio, series, k = x.bias.shape
     c = x.cos.shape[1]
     row = ratio * series * cdiv(k, LANES) * LANES
-    most = SUBLANES
-    while 2 * most * row <= ELEMENTS and most < MOST_ENTRIES:
-        most *= 2
+    least, *more = ENTRIES
+    most = max([least, *(entries for entries in more if entries * row <= ELEMENTS)])
     entries = largest_block(c, most, SUBLANES)
     rows = Rows(ratio, entries)
     return Sizes(rows, series, cdiv(x.values.shape[1], rows.tokens), k, x.cos.shape[-1])

@@ -11,7 +11,8 @@ import numpy as np
 from pallas_kernels.case import Case
 from pallas_kernels.index_loss import index_loss
 from pallas_kernels.sparse_attention.cases import MODELS, WIDTH
-from pallas_kernels.sparse_attention.seen import Seen
+from pallas_kernels.sparse_attention.index import Bits
+from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
 
 INDEX_HEADS, INDEX_WIDTH, RATIO = 64, 128, 4
 TOKENS = 4096
@@ -38,12 +39,13 @@ def _case(name: str, tokens: int, *, sparse: bool, backward: bool) -> Case:
         jax.ShapeDtypeStruct((1, *shape), jnp.float32 if i in float32 else jnp.bfloat16)
         for i, shape in enumerate(shapes)
     ]
-    numbers = [(1, tokens), (1, tokens), (1, tokens, topk)]
+    # Chosen entries in both forms, of which a GPU takes the first, a TPU the second.
+    numbers = [(1, tokens)] * 2 + [(1, tokens, topk), (1, tokens, Bits(entries).words)]
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
     pairs = sum(min(t // RATIO, topk if sparse else t) for t in range(1, tokens + 1))
     index = 2 * INDEX_HEADS * INDEX_WIDTH * (5 if backward else 1)
     flops = pairs * (2 * heads * WIDTH + index)
-    moved = sum(x.size * x.dtype.itemsize for x in arguments)
+    moved = sum(x.size * x.dtype.itemsize for x in arguments[:-1])
     learned = sum(x.size * x.dtype.itemsize for x in arguments[3:ARRAYS])
     return Case(
         "index_loss", f"{name}: {'chosen' if sparse else 'range'}, {tokens:,} tokens, "
@@ -68,6 +70,7 @@ def _numbers(tokens: int, heads: int, topk: int) -> Callable:
         return {
             2: np.broadcast_to(log_total, (1, heads, tokens)).swapaxes(1, 2),
             ARRAYS: np.zeros((1, tokens)), ARRAYS + 1: end[None], ARRAYS + 2: picks[None],
+            ARRAYS + 3: pack_chosen(jnp.asarray(picks[None], jnp.int32), int(end[-1])),
         }
 
     return make
@@ -76,8 +79,9 @@ def _numbers(tokens: int, heads: int, topk: int) -> Callable:
 def _forward(sparse: bool) -> Callable:
     def run(implementation: str):
         def loss(*arguments):
-            arrays, (first, end, chosen) = arguments[:ARRAYS], arguments[ARRAYS:]
-            seen, choice = Seen(first, first, end), Seen(first, first, end, chosen)
+            arrays, (first, *numbers) = arguments[:ARRAYS], arguments[ARRAYS:]
+            choice = Seen(first, first, *numbers)
+            seen = choice._replace(chosen=None, words=None)
             given = (choice, None) if sparse else (seen, choice)
             return index_loss(*arrays, *given, implementation)
 
