@@ -137,7 +137,7 @@ def _layer_cache(
     if group.kind == WINDOW:
         return LayerCache(window, None, None)
     ratio = config.ratio(group.kind)
-    slots = -(-(max_length // ratio) // ENTRY_TILE) * ENTRY_TILE
+    slots = max(1, -(-(max_length // ratio) // ENTRY_TILE)) * ENTRY_TILE
 
     def store(width: int, stored_width: int, dtype: jnp.dtype) -> EntryStore:
         # An overlapping compressor has two series and needs the block before the current one.

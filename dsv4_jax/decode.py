@@ -34,7 +34,8 @@ def prefill(
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Read tokens after those that the cache has read.
 
-    Memory beside the cache and the weights grows with `chunk`, not with the number of tokens.
+    Memory beside the cache and the weights grows with `chunk`, not with the number of tokens; where
+    kernels run, they need a layer's entries decoded, too.
 
     Args:
       tokens: ids [b, t] in [0, vocab_size).

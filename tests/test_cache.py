@@ -114,6 +114,24 @@ def test_tiles_change_nothing(name, monkeypatch):
     assert_same(read_all(reader(name, Runtime(), 4, 7), tokens, state, calls)[0], expected)
 
 
+def test_a_cache_for_less_than_an_entry_is_a_cache():
+    tokens, expected = rows_and_logits("flash-like")
+    state = init_cache(CASES["flash-like"][0], FLOAT32, rows=ROWS, max_length=3)
+    read = reader("flash-like", FLOAT32)
+    assert_same(read_all(read, tokens[:, :3], state, [(3, np.full(ROWS, 3))])[0], expected[:, :3])
+
+
+@pytest.mark.parametrize("end", (1, 14, 15, 40))
+def test_a_layer_is_decoded_up_to_what_is_seen(end, monkeypatch):
+    """In tiles, of which the last begins earlier, to end with the array."""
+    monkeypatch.setattr(cached, "INDEX_TILE", 7)
+    rng = np.random.default_rng(0)
+    stored = jnp.asarray(rng.standard_normal((3, 2, 40, 4)), jnp.float32)
+    seen = cached.read_seen(stored, jnp.int32(1), jnp.asarray([[1], [end]]), lambda x: 2 * x)
+    np.testing.assert_array_equal(seen[:, :end], 2 * stored[1, :, :end])
+    assert seen.shape == (2, 40, 4) and np.isfinite(seen).all()
+
+
 @pytest.mark.parametrize("csa", ["sparse", "dense"])
 def test_all_entries_are_attended_where_the_index_cannot_choose(csa):
     """With room for no more entries than the best, or trained densely: the forward's own way."""

@@ -135,10 +135,13 @@ def attend_best(
 def read_seen(
     entries: Array, layer: Int[Array, ""], end: Int[Array, "b t"], decode: Callable
 ) -> Array:
-    """Return one layer's stored entries that queries see, decoded, and 0 or others for the rest.
+    """Return one layer's stored entries, decoded, up to the last that any query sees.
+
+    What lies past it in the array is finite and of no account.
 
     Args:
       end: one past the last entry that each query sees.
+      decode: from stored entries to numbers.
     """
     slots = entries.shape[2]
     size = min(INDEX_TILE, slots)

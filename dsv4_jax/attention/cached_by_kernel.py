@@ -1,7 +1,7 @@
 """Attention over a cache by the kernels of a device, in place of what `cached` does.
 
 A few tokens read the cache as it is stored, for that is most of what they read. For many, what a
-layer has stored is decoded once.
+layer has stored is decoded once, which takes up to twice the memory of its entries.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from pallas_kernels import cached_attention, indexer, sparse_attention
 from pallas_kernels.cached_attention import Cached
 from pallas_kernels.implementation import XLA, choose
 from pallas_kernels.sparse_attention import Seen
+from pallas_kernels.target import TPU, target_platform
+
+# Entries per chosen one up to which masking the others pays on TPU, where kernels do not gather. An
+# estimate: XLA gathers a query's 512 rows in 1 to 2 us, which 64 heads multiply some 6,000 in.
+MASKED_UP_TO = 16
 
 # From a layer's stored entries, if it has any, their layout and, unless all that are seen are
 # meant, the choice of the best, each None by default.
@@ -41,7 +46,18 @@ def attend_by_kernel(
     common = dict(config=config, runtime=runtime)
     if q.shape[1] <= min(cached_attention.MOST_TOKENS, config.sliding_window):
         return _few(q, new, sink, earlier, cache, **common)
-    return _many(q, kv, sink, earlier, **common)
+    return _many(q, kv, sink, earlier, worthwhile=_few_are_masked(cache, **common), **common)
+
+
+def _few_are_masked(cache: StackedCache, *, config: ModelConfig, runtime: Runtime) -> bool:
+    """Say whether a kernel would read few entries in vain for each that is chosen."""
+    index = cache.stack.index
+    if index is None or runtime.csa != "sparse" or target_platform() != TPU:
+        return True
+    slots = index.entries.shape[2]
+    if runtime.batch_invariant:  # bits must not depend on the cache's size
+        slots = config.max_position_embeddings // config.csa_ratio
+    return slots <= MASKED_UP_TO * config.index_topk
 
 
 def _few(
@@ -73,10 +89,12 @@ def _few(
 
 
 def _many(
-    q: Queries, kv: Keys, sink: Float[Array, " h"], earlier: Earlier, *, config: ModelConfig,
-    runtime: Runtime,
+    q: Queries, kv: Keys, sink: Float[Array, " h"], earlier: Earlier, *, worthwhile: bool,
+    config: ModelConfig, runtime: Runtime,
 ) -> Attend | None:
-    chosen = sparse_attention.choose_for(q, runtime.implementation("sparse_attention"))
+    chosen = sparse_attention.choose_for(
+        q, runtime.implementation("sparse_attention"), worthwhile=worthwhile
+    )
     if chosen == XLA:
         return None
 
@@ -103,7 +121,7 @@ def _joined(
     slots = earlier.keys.shape[1]
     order = (earlier.start[:, None] + jnp.arange(slots)) % slots
     before = jnp.take_along_axis(earlier.keys, order[..., None], axis=1)
-    return jnp.concatenate([before, kv], axis=1), jnp.clip(slots - earlier.start, 0, slots)
+    return jnp.concatenate([before, kv], axis=1), jnp.maximum(slots - earlier.start, 0)
 
 
 def _best_of_many(

@@ -115,15 +115,20 @@ class Compressor(nn.Module):
             for w in (w_kv, w_gate)
         )
         if earlier is None:
-            return self._entries(values, gates, bias, norm, layout, at, x.dtype), None
+            return self._entries(values, gates, bias, norm, layout, at, x.dtype, True), None
         kept = keep_pending(values, gates, earlier)
         values, gates, layout, at = self._with_earlier(values, gates, layout, at, earlier)
-        entries = self._entries(values, gates, bias, norm, layout, at, x.dtype)
+        # How many tokens are read at once depends on the batch; the bits of a row must not.
+        any_number = not self.runtime.batch_invariant
+        entries = self._entries(values, gates, bias, norm, layout, at, x.dtype, any_number)
         return entries[:, 1:] if self.overlapping else entries, kept
 
-    def _entries(self, values, gates, bias, norm, layout: EntryLayout, at: Rotation, dtype):
+    def _entries(
+        self, values, gates, bias, norm, layout: EntryLayout, at: Rotation, dtype, worthwhile: bool
+    ) -> Entries:
         kernel = compressor.choose_for(
-            at.cos.shape[1], dtype, self.runtime.implementation("compressor")
+            at.cos.shape[1], dtype, self.runtime.implementation("compressor"),
+            worthwhile=worthwhile,
         )
         if kernel != XLA:
             return compressor.compress(

@@ -1,8 +1,8 @@
 """Compression of blocks of tokens into entries: gated pooling, normalisation, rotation, rounding.
 
 Each value and gate of a block is read once. A GPU's kernel reads them from wherever the block
-begins. On TPU those of packed documents are gathered by XLA first; blocks of rows that are one
-document each are read where they are.
+begins. On TPU those that have a start each, as of packed documents, are gathered by XLA first;
+blocks of rows that are one document each are read where they are.
 """
 
 from __future__ import annotations
@@ -72,14 +72,17 @@ def compress(
     return _compress(chosen, form, x)
 
 
-def choose_for(entries: int, dtype, implementation: str) -> str:
+def choose_for(entries: int, dtype, implementation: str, *, worthwhile: bool = True) -> str:
     """Return "xla", "gpu" or "tpu", for entries of this number and dtype.
 
+    Args:
+      worthwhile: whether "auto" may take a kernel, if the entries are such that it pays.
     Raises:
       ValueError: there is no such implementation, or it has no entries of this dtype.
     """
     fits = jnp.dtype(dtype).name in DTYPES
-    chosen = choose("compressor", implementation, worthwhile=entries >= WORTHWHILE and fits)
+    worthwhile = worthwhile and entries >= WORTHWHILE and fits
+    chosen = choose("compressor", implementation, worthwhile=worthwhile)
     if chosen != XLA and not fits:
         raise ValueError(
             f"compressor: expected a dtype of {' or '.join(DTYPES)}, got {jnp.dtype(dtype).name}"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.implementation import AUTO, XLA, choose
 from pallas_kernels.sparse_attention import gpu, reference, tpu
 from pallas_kernels.sparse_attention.seen import Seen, entry_mask
-from pallas_kernels.target import GPU, TPU
+from pallas_kernels.target import GPU, TPU, target_platform
 
 __all__ = ["Seen", "sparse_attention"]
 
@@ -63,16 +63,21 @@ def sparse_attention(
     return forward(q, keys, entries, sink, seen, window)
 
 
-def choose_for(q: Float[Array, "b t h k"], implementation: str) -> str:
+def choose_for(
+    q: Float[Array, "b t h k"], implementation: str, *, worthwhile: bool = True
+) -> str:
     """Return "xla", "gpu" or "tpu".
 
+    Args:
+      worthwhile: whether "auto" may take a kernel, if the queries are such that it pays.
     Raises:
       ValueError: there is no such implementation, or its kernels do not take these queries.
     """
     b, t, h, k = q.shape
     # A TPU holds two numbers of each block of 8 queries or more beside its program.
     fits = h <= MOST_HEADS and b * t <= MOST_QUERIES
-    worthwhile = k >= WORTHWHILE and q.dtype == jnp.bfloat16 and fits
+    pays = k >= WORTHWHILE and q.dtype == jnp.bfloat16
+    worthwhile = worthwhile and pays and (fits or target_platform() != TPU)
     chosen = choose("sparse_attention", implementation, worthwhile=worthwhile)
     if chosen == TPU and not fits:
         raise ValueError(
@@ -84,7 +89,7 @@ def choose_for(q: Float[Array, "b t h k"], implementation: str) -> str:
 
 def _check(q, keys, entries, sink, seen: Seen) -> None:
     b, t, h, k = q.shape
-    s = max(t, *keys.shape[1:2])
+    s = max((t, *keys.shape[1:2]))
     wanted, found = [(b, s, k), (h,), (b, t)], [keys.shape, sink.shape, seen.first_key.shape]
     if entries is not None:
         wanted += [(b, *entries.shape[1:2], k), (b, t), (b, t)]

@@ -42,7 +42,7 @@ class Fitted(NamedTuple):
     """Operands whose sizes the kernels take, filled up with zeros: heads, channels, chosen."""
 
     q: Float[Array, "b t h k"]
-    keys: Float[Array, "b t k"]
+    keys: Float[Array, "b s k"]
     entries: Float[Array, "b c k"] | None
     sink: Float[Array, " h"]
     seen: Seen
@@ -86,7 +86,7 @@ def _whole_heads(heads: int) -> int:
 
 
 def attend(
-    q: Float[Array, "b t h k"], keys: Float[Array, "b t k"], entries: Float[Array, "b c k"] | None,
+    q: Float[Array, "b t h k"], keys: Float[Array, "b s k"], entries: Float[Array, "b c k"] | None,
     sink: Float[Array, " h"], seen: Seen, *, window: int, scale: float,
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b t h"]]:
     """Return the output and the logarithm of the softmax's total; arguments as `fitted`."""

@@ -11,7 +11,7 @@ class Window(NamedTuple):
     """The keys of a query: the last `window` tokens of its document."""
 
     window: int
-    tile: int  # keys whose gradients one program owns
+    tile: int  # keys that are read at a time, or whose gradients one program owns
 
     def first(self, query: Index, first_key: Index) -> Index:
         """Return the first key that a query sees."""

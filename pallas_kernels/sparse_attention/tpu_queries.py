@@ -34,7 +34,7 @@ class Fitted(NamedTuple):
     """Operands filled up with zeros to whole blocks."""
 
     q: Float[Array, "b t h k"]
-    keys: Float[Array, "b t k"]
+    keys: Float[Array, "b s k"]
     entries: Float[Array, "b c k"] | None
     sink: Float[Array, " h"]
     numbers: Int[Array, "b t 3"]  # first key; first entry and end of entries
