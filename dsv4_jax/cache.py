@@ -162,6 +162,19 @@ def ring_positions(start: Int[Array, " b"], slots: int) -> Int[Array, "b slots"]
     return last - (last - jnp.arange(slots)) % slots
 
 
+def after_ring(ring: Array, new: Array, start: Int[Array, " b"]) -> Array:
+    """Put what a ring holds before new tokens, by position: [b, slots + t, ...].
+
+    Args:
+      ring: [b, slots, ...].
+      new: [b, t, ...].
+      start: tokens that came before the new ones.
+    """
+    order = (start[:, None] + jnp.arange(ring.shape[1])) % ring.shape[1]
+    before = jax.vmap(lambda row, i: row[i])(ring, order)
+    return jnp.concatenate([before, new], axis=1)
+
+
 def write_ring(ring: Array, layer: Int[Array, ""], new: Array, span: Span) -> Array:
     """Put the last of a span's tokens into one layer's ring, at their position modulo the slots.
 

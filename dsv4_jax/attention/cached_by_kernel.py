@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from dsv4_jax.attention.cached import Choice, read_seen, select_entries
 from dsv4_jax.attention.core import Earlier
-from dsv4_jax.cache import StackedCache
+from dsv4_jax.cache import StackedCache, after_ring
 from dsv4_jax.cache_format import decode_index_key, round_index
 from dsv4_jax.config import SERVED, ModelConfig, Runtime
-from dsv4_jax.shapes import Array, Float, Int, Keys, Queries
+from dsv4_jax.shapes import Array, Float, Keys, Queries
 from pallas_kernels import cached_attention, indexer, sparse_attention
 from pallas_kernels.cached_attention import Cached
 from pallas_kernels.implementation import XLA, choose
@@ -99,7 +99,8 @@ def _many(
         return None
 
     def attend(stored=None, layout=None, choice=None) -> Queries:
-        keys, first_key = _joined(earlier, kv)
+        keys = after_ring(earlier.keys, kv, earlier.start)
+        first_key = jnp.maximum(earlier.keys.shape[1] - earlier.start, 0)  # of the row
         seen, entries = Seen(jnp.broadcast_to(first_key[:, None], q.shape[:2])), None
         if stored is not None:
             end = jnp.minimum(layout.end, stored.entries.shape[2])
@@ -112,16 +113,6 @@ def _many(
         )[0]
 
     return attend
-
-
-def _joined(
-    earlier: Earlier, kv: Keys
-) -> tuple[Float[Array, "b s k"], Int[Array, " b"]]:
-    """Put earlier keys before the new ones, in order; return them and each row's first."""
-    slots = earlier.keys.shape[1]
-    order = (earlier.start[:, None] + jnp.arange(slots)) % slots
-    before = jnp.take_along_axis(earlier.keys, order[..., None], axis=1)
-    return jnp.concatenate([before, kv], axis=1), jnp.maximum(slots - earlier.start, 0)
 
 
 def _best_of_many(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv4_jax.attention.layout import EntryLayout
-from dsv4_jax.cache import Pending, Span, write_ring
+from dsv4_jax.cache import Pending, Span, after_ring, write_ring
 from dsv4_jax.cache_format import round_entry
 from dsv4_jax.config import ModelConfig, Runtime
 from dsv4_jax.layers import project, rms_norm
@@ -115,17 +115,21 @@ class Compressor(nn.Module):
             for w in (w_kv, w_gate)
         )
         if earlier is None:
-            return self._entries(values, gates, bias, norm, layout, at, x.dtype, True), None
+            return self._entries(values, gates, bias, norm, layout, at, x.dtype), None
         kept = keep_pending(values, gates, earlier)
         values, gates, layout, at = self._with_earlier(values, gates, layout, at, earlier)
         # How many tokens are read at once depends on the batch; the bits of a row must not.
-        any_number = not self.runtime.batch_invariant
-        entries = self._entries(values, gates, bias, norm, layout, at, x.dtype, any_number)
+        entries = self._entries(
+            values, gates, bias, norm, layout, at, x.dtype,
+            worthwhile=not self.runtime.batch_invariant,
+        )
         return entries[:, 1:] if self.overlapping else entries, kept
 
     def _entries(
-        self, values, gates, bias, norm, layout: EntryLayout, at: Rotation, dtype, worthwhile: bool
+        self, values, gates, bias, norm, layout: EntryLayout, at: Rotation, dtype, *,
+        worthwhile: bool = True,
     ) -> Entries:
+        """Return the entries of a layout; `worthwhile` is that of `compressor.choose_for`."""
         kernel = compressor.choose_for(
             at.cos.shape[1], dtype, self.runtime.implementation("compressor"),
             worthwhile=worthwhile,
@@ -150,15 +154,12 @@ class Compressor(nn.Module):
         An overlapping compressor gets the block before the first as an entry, which is not wanted.
         """
         pending, layer, span = earlier
-        slots = pending.values.shape[2]
-        order = (span.start[:, None] + jnp.arange(slots)) % slots
-
-        def join(ring, new):
-            before = jax.vmap(lambda row, i: row[i])(ring[layer], order)
-            return jnp.concatenate([before, new], axis=1)
-
-        values, gates = map(join, pending, (values, gates))
-        start, has_previous = layout.start - span.start[:, None] + slots, layout.has_previous
+        values, gates = (
+            after_ring(ring[layer], new, span.start)
+            for ring, new in zip(pending, (values, gates), strict=True)
+        )
+        start = layout.start - span.start[:, None] + pending.values.shape[2]
+        has_previous = layout.has_previous
         if self.overlapping:
             start = jnp.concatenate([start[:, :1] - self.ratio, start], axis=1)
             has_previous = jnp.pad(has_previous, ((0, 0), (1, 0)))

@@ -63,8 +63,7 @@ def sizes_of(x: Operands) -> Sizes:
     ratio, series, k = x.bias.shape
     c = x.cos.shape[1]
     row = ratio * series * cdiv(k, LANES) * LANES
-    least, *more = ENTRIES
-    most = max([least, *(entries for entries in more if entries * row <= ELEMENTS)])
+    most = max((n for n in ENTRIES if n * row <= ELEMENTS), default=ENTRIES[0])
     entries = largest_block(c, most, SUBLANES)
     rows = Rows(ratio, entries)
     return Sizes(rows, series, cdiv(x.values.shape[1], rows.tokens), k, x.cos.shape[-1])

@@ -10,9 +10,8 @@ import numpy as np
 
 from pallas_kernels.case import Case
 from pallas_kernels.index_loss import index_loss
-from pallas_kernels.sparse_attention.cases import MODELS, WIDTH
-from pallas_kernels.sparse_attention.index import Bits
-from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
+from pallas_kernels.sparse_attention.cases import MODELS, WIDTH, choice_shapes, choices
+from pallas_kernels.sparse_attention.seen import Seen
 
 INDEX_HEADS, INDEX_WIDTH, RATIO = 64, 128, 4
 TOKENS = 4096
@@ -39,8 +38,7 @@ def _case(name: str, tokens: int, *, sparse: bool, backward: bool) -> Case:
         jax.ShapeDtypeStruct((1, *shape), jnp.float32 if i in float32 else jnp.bfloat16)
         for i, shape in enumerate(shapes)
     ]
-    # Chosen entries in both forms, of which a GPU takes the first, a TPU the second.
-    numbers = [(1, tokens)] * 2 + [(1, tokens, topk), (1, tokens, Bits(entries).words)]
+    numbers = [(1, tokens)] * 2 + choice_shapes(tokens, entries, topk)
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
     pairs = sum(min(t // RATIO, topk if sparse else t) for t in range(1, tokens + 1))
     index = 2 * INDEX_HEADS * INDEX_WIDTH * (5 if backward else 1)
@@ -61,16 +59,13 @@ def _numbers(tokens: int, heads: int, topk: int) -> Callable:
 
     def make(rng: np.random.Generator) -> dict[int, np.ndarray]:
         end = np.arange(1, tokens + 1) // RATIO
-        picks = np.full((tokens, topk), -1)
-        for query, count in enumerate(end):
-            found = np.sort(rng.choice(count, min(count, topk), replace=False))
-            picks[query, : found.size] = found
+        picks, words = choices(rng, end, topk)
         # What makes probabilities sum to about 1: logits are normal numbers.
         log_total = 0.5 + np.log(np.maximum(end, 1))
         return {
             2: np.broadcast_to(log_total, (1, heads, tokens)).swapaxes(1, 2),
-            ARRAYS: np.zeros((1, tokens)), ARRAYS + 1: end[None], ARRAYS + 2: picks[None],
-            ARRAYS + 3: pack_chosen(jnp.asarray(picks[None], jnp.int32), int(end[-1])),
+            ARRAYS: np.zeros((1, tokens)), ARRAYS + 1: end[None], ARRAYS + 2: picks,
+            ARRAYS + 3: words,
         }
 
     return make

@@ -51,4 +51,3 @@ def _slots(kind: type[Slots], size: int) -> Proof:
     proof.state("and what is taken is of the tile", own.implies(of_tile))
     proof.state("from no slot twice", (own & (read == slot)).implies(place == slot - first))
     return proof
-

@@ -11,14 +11,14 @@ import numpy as np
 from pallas_kernels.case import Case
 from pallas_kernels.indexer import select, select_stored
 from pallas_kernels.indexer.keys import stored_width
+from pallas_kernels.sparse_attention.cases import CHUNK, CONTEXT
 from pallas_kernels.sparse_attention.seen import Seen
 
 HEADS, WIDTH, RATIO = 64, 128, 4
 TOPK = {"Flash": 512, "Pro": 1024}
 TOKENS = (4096, 65536)
-CHUNK = 1024  # of a prompt's tokens that are read at once
 
-CONTEXTS, BATCHES = (2**17, 2**20), (1, 32, 128)  # tokens and rows at a step of generation
+CONTEXTS, BATCHES = (2**17, CONTEXT), (1, 32, 128)  # tokens and rows at a step of generation
 LAYERS = 2  # of the cache: how many there are is of no account
 
 
@@ -63,7 +63,7 @@ def _choices() -> Iterator[Case]:
     for model, topk in TOPK.items():
         for tokens in TOKENS:
             yield _choice(model, topk, 0, tokens)
-        yield _choice(model, topk, CONTEXTS[-1] - CHUNK, CHUNK)
+        yield _choice(model, topk, CONTEXT - CHUNK, CHUNK)
 
 
 def _choice(model: str, topk: int, before: int, tokens: int) -> Case:

@@ -54,8 +54,7 @@ def _case(
     arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arguments]
     arguments.append(jax.ShapeDtypeStruct((model.heads,), jnp.float32))
     numbers = [(1, tokens)] * (3 if entries else 1)
-    if kind == CSA:  # in both forms, of which a GPU takes the first, a TPU the second
-        numbers += [(1, tokens, model.topk), (1, tokens, Bits(entries).words)]
+    numbers += choice_shapes(tokens, entries, model.topk) if kind == CSA else []
     arguments += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in numbers]
     pairs = _pairs(model, kind, before, tokens)
     flops = 4 * model.heads * WIDTH * pairs * (3.5 if backward else 1)
@@ -81,12 +80,21 @@ def _numbers(model: Model, kind: str, before: int, tokens: int, place: int) -> C
         if kind in RATIOS:
             made += [zeros, (count // RATIOS[kind])[None]]
         if kind == CSA:
-            complete = count // RATIOS[CSA]
-            picks = np.stack([_picks(rng, n, model.topk) for n in complete])[None]
-            made += [picks, pack_chosen(jnp.asarray(picks, jnp.int32), int(complete[-1]))]
+            made += choices(rng, count // RATIOS[CSA], model.topk)
         return {place + i: x for i, x in enumerate(made)}
 
     return make
+
+
+def choice_shapes(tokens: int, entries: int, topk: int) -> list[tuple[int, ...]]:
+    """Return the shapes of chosen entries: a GPU's numbers and a TPU's words of bits."""
+    return [(1, tokens, topk), (1, tokens, Bits(entries).words)]
+
+
+def choices(rng: np.random.Generator, complete: np.ndarray, topk: int) -> list:
+    """Choose random ones of the entries that are complete at each query; see `choice_shapes`."""
+    picks = np.stack([_picks(rng, n, topk) for n in complete])[None]
+    return [picks, pack_chosen(jnp.asarray(picks, jnp.int32), int(complete[-1]))]
 
 
 def _picks(rng: np.random.Generator, entries: int, topk: int) -> np.ndarray:
