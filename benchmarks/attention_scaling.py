@@ -49,7 +49,7 @@ def measure(config: ModelConfig, length: int) -> tuple[float, int, float, float]
     def loss(trainable, tokens):
         params = merge(trainable, frozen)
         features = model.apply({"params": params}, tokens, method="features")
-        return next_token_loss(features.hidden, params["head"], tokens)
+        return next_token_loss(features.hidden, features.head, tokens)
 
     step = jax.value_and_grad(loss)
     flops = count_flops(step, trainable, tokens)

@@ -12,6 +12,8 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "remat": False,
             "moe": "auto",
+            "expert_waves": 2,
+            "expert_slack": 1.25,
             "kernels": "auto",
             "scan_unroll": 1,
             "linears": "plain",
@@ -75,7 +77,7 @@ def get_config() -> ConfigDict:
             "steps": 100,
             "most_rollbacks": 3,
         },
-        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
+        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "layout": "pod"},
     }).lock()
 
 

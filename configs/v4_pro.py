@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "remat": True,
             "moe": "auto",
+            "expert_waves": 2,
+            "expert_slack": 1.25,
             "kernels": "auto",
             "scan_unroll": 1,
             "linears": "fp8",  # "the FP8 training framework" of V3; details are unpublished
@@ -80,7 +82,7 @@ def get_config() -> ConfigDict:
             "steps": 100,
             "most_rollbacks": 3,
         },
-        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
+        "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "layout": "pod"},
     }).lock()
 
 

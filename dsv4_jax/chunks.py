@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv4_jax.shapes import Array
+from pallas_kernels.target import target_platform
 
 # Elements of the largest intermediate held at once. On CPU it should stay in cache; accelerators
 # want few, large steps and have the memory for them.
@@ -54,7 +55,7 @@ def split(tree, elements: int):
 
 
 def _piece_size(length: int, elements: int) -> int:
-    count = math.ceil(length * elements / CHUNK_ELEMENTS[jax.default_backend()])
+    count = math.ceil(length * elements / CHUNK_ELEMENTS[target_platform()])
     return math.ceil(length / min(max(count, 1), length))
 
 

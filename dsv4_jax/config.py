@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.errors import InputError
-from pallas_kernels.implementation import XLA, check_choices, implementation_of
+from dsv4_jax.sharding import LAYOUTS, POD
+from pallas_kernels.implementation import check_choices, implementation_of
 
 WINDOW, CSA, HCA = "window", "csa", "hca"
 HASH, LEARNED = "hash", "learned"
@@ -123,6 +125,8 @@ class Runtime:
     csa: str = "sparse"  # CSA attends to "sparse" top-k entries or is "dense" over the visible
     index_learns: bool = False  # training: compare index scores with the attention of entries
     moe: str = "auto"  # grouped expert products: "auto", "blocks" or "ragged"
+    expert_waves: int = 2  # parts of the tokens, one of which travels while another is computed
+    expert_slack: float = 1.25  # rows that a device takes at once, over those of an even load
     kernels: str = "auto"  # "auto": the device's where they pay, "xla": none; also by operation
     scan_unroll: int = 1  # layer pairs in one step of the scan over depth
     linears: str = PLAIN  # factors of products rounded to "fp8", or experts' weights to "fp4" too
@@ -130,7 +134,8 @@ class Runtime:
     indexer: str = PLAIN  # index queries and keys rounded to "fp4", scores to bfloat16, as served
     cache: str = "float32"  # stored keys: "float32", "bfloat16" or "served" (FP8, FP4 index keys)
     batch_invariant: bool = False  # inference: a row has the same bits whatever its batch
-    mesh: jax.sharding.Mesh | None = None  # devices; None leaves placement to JAX
+    mesh: jax.sharding.Mesh | None = None  # whose devices run the model, under `jax.shard_map`
+    layout: str = POD  # how its weights lie on the mesh, see `sharding.LAYOUTS`
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -138,8 +143,8 @@ class Runtime:
         return jnp.dtype(self.dtype)
 
     def implementation(self, operation: str) -> str:
-        """Return which implementation of an operation runs; kernels take no sharded arrays."""
-        return implementation_of(operation, self.kernels if self.mesh is None else XLA)
+        """Return which implementation of an operation runs."""
+        return implementation_of(operation, self.kernels)
 
     @property
     def entry_format(self) -> str:
@@ -160,12 +165,14 @@ class Runtime:
         check_choice("Runtime.keys", self.keys, (PLAIN, FP8))
         check_choice("Runtime.indexer", self.indexer, (PLAIN, FP4))
         check_choice("Runtime.cache", self.cache, CACHE_FORMATS)
+        check_choice("Runtime.layout", self.layout, tuple(LAYOUTS))
         try:
             check_choices(self.kernels)
         except ValueError as error:
             raise InputError(f"Runtime.kernels: {error}") from None
-        if self.scan_unroll < 1:
-            raise InputError(f"Runtime.scan_unroll: expected at least 1, got {self.scan_unroll}")
+        for name in ("scan_unroll", "expert_waves", "expert_slack"):
+            if not 1 <= (value := getattr(self, name)) < math.inf:
+                raise InputError(f"Runtime.{name}: expected at least 1, got {value}")
 
 
 def check_choice(name: str, value, choices: tuple) -> None:

@@ -1,4 +1,8 @@
-"""Compute routed experts without dropping tokens: gather rows by expert, multiply, add back."""
+"""Compute routed experts without dropping tokens: gather rows by expert, multiply, add back.
+
+XLA's products are "blocks", rows gathered into blocks of one expert each that are multiplied as a
+batch, or "ragged", the grouping left to `lax.ragged_dot`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
+from dsv4_jax.collectives import sum_over
+from dsv4_jax.config import PLAIN, Runtime
 from dsv4_jax.errors import InputError
+from dsv4_jax.expert_plan import Plan, combine, dispatch, plan_groups
+from dsv4_jax.expert_waves import AXIS, in_waves
 from dsv4_jax.layers import clamped_swiglu
 from dsv4_jax.rounding import TOKEN_BLOCK, round_tokens
 from dsv4_jax.router import Routing
 from dsv4_jax.shapes import Array, Float, Hidden, Int
-from dsv4_jax.sharding import BATCH_AXES
 from pallas_kernels import moe
 from pallas_kernels.implementation import XLA
+from pallas_kernels.target import CPU, target_platform
 
 
 class ExpertWeights(NamedTuple):
@@ -27,104 +34,75 @@ class ExpertWeights(NamedTuple):
     down: Float[Array, "e f d"]
 
 
-class Plan(NamedTuple):
-    """Where each token slot stands among rows grouped by expert.
-
-    `source` and `place` are inverse to each other; an index past the end means "nothing".
-    """
-
-    source: Int[Array, " rows"]  # token slot (token * a + choice) of each row
-    place: Int[Array, "t a"]  # row of each token slot
-
-
 def routed_experts(
-    x: Hidden, routing: Routing, weights: ExpertWeights, *, limit: float, implementation: str,
-    mesh: Mesh | None, invariant: bool = False, rounded: bool = False, kernel: str = XLA,
+    x: Hidden, routing: Routing, weights: ExpertWeights, *, limit: float, runtime: Runtime
 ) -> Hidden:
     """Return the weighted sum of each token's experts.
 
+    On a mesh this runs on every device, for its tokens and with the experts that it holds.
+
     Args:
       routing: experts from 0 on; an id past the last expert stands for none.
-      implementation: "blocks" gathers rows into blocks of one expert each and multiplies the
-        blocks as a batch; "ragged" leaves the grouping to `lax.ragged_dot`; "auto" takes blocks
-        on CPU, where ragged_dot computes every expert for every row.
-      mesh: devices that share the experts ("expert"), their width ("tensor") and the tokens.
-      invariant: for inference: give a token the same bits whatever the number beside it.
-      rounded: multiply tokens rounded to FP8.
-      kernel: what `moe.routed_experts` calls implementation; where it means "xla",
-        `implementation` decides.
     Raises:
       InputError: channels that FP8 scales together would be on several devices.
     """
+    mesh, rounded = runtime.mesh, runtime.linears != PLAIN
     if rounded and mesh is not None:
         _check_groups(weights.down.shape[1], mesh.shape["tensor"])
-    if implementation == "auto":
-        implementation = "blocks" if jax.default_backend() == "cpu" else "ragged"
-    compute = partial(
-        _compute_experts, limit=limit, implementation=implementation, invariant=invariant,
-        rounded=rounded, kernel=kernel,
-    )
-    if mesh is None:
-        return compute(x, *routing, weights).astype(x.dtype)
-    rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert", None, "tensor")
-    specs = (rows, rows, rows, ExpertWeights(experts, experts, PartitionSpec("expert", "tensor")))
-    sharded = jax.shard_map(
-        partial(_exchange, compute), mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False
-    )
-    return sharded(x, *routing, weights)
+    compute = partial(_compute_experts, weights=weights, limit=limit, runtime=runtime)
+    tokens, experts, gates = (leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, *routing))
+    if mesh is None or mesh.shape[AXIS] == 1:
+        y = compute(tokens, experts, gates)
+    else:
+        y = in_waves(
+            compute, tokens, experts, gates, weights.gate.shape[0], mesh,
+            waves=runtime.expert_waves, slack=runtime.expert_slack,
+        )
+    return sum_over(y, ("tensor",), mesh).astype(x.dtype).reshape(x.shape)
 
 
 def _check_groups(width: int, devices: int) -> None:
     group = TOKEN_BLOCK[1]
-    if devices > 1 and width // devices % group:
+    if devices > 1 and width % group:
         raise InputError(
             f"mesh.tensor: expected parts of moe_intermediate_size in multiples of {group}, which "
-            f"FP8 scales together, got {width} / {devices} = {width // devices}; use fewer devices "
+            f"FP8 scales together, got {width * devices} / {devices} = {width}; use fewer devices "
             "there, or runtime.linears=plain"
         )
 
 
-def _exchange(compute, x, experts, gates, weights: ExpertWeights):
-    """Bring the tokens of an expert group together, compute the experts held here, add up."""
-    gather = partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
-    held = weights.gate.shape[0]
-    local = gather(experts) - jax.lax.axis_index("expert") * held
-    # Ids of experts held elsewhere, on either side, become the one id past the end.
-    local = jnp.where((local >= 0) & (local < held), local, held)
-    y = compute(gather(x), local, gather(gates), weights)
-    y = jax.lax.psum(y, "tensor")
-    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True).astype(x.dtype)
-
-
 def _compute_experts(
-    x: Hidden, experts: Int[Array, "b t a"], gates: Float[Array, "b t a"],
-    weights: ExpertWeights, *, limit: float, implementation: str, invariant: bool, rounded: bool,
-    kernel: str,
-) -> Hidden:
+    x: Float[Array, "t d"], experts: Int[Array, "t a"], gates: Float[Array, "t a"], *,
+    weights: ExpertWeights, limit: float, runtime: Runtime,
+) -> Float[Array, "t d"]:
     """Sum the experts held here; ids past the last of them contribute nothing. float32."""
-    b, t, d = x.shape
-    count, chosen = weights.gate.shape[0], experts.reshape(b * t, -1)
-    kernel = moe.choose_for(x, chosen, weights.gate, kernel)
+    rounded, invariant = runtime.linears != PLAIN, runtime.batch_invariant
+    count = weights.gate.shape[0]
+    kernel = moe.choose_for(x, experts, weights.gate, runtime.implementation("moe"))
     if kernel != XLA:
-        y = moe.routed_experts(
-            x.reshape(b * t, d), chosen, gates.reshape(b * t, -1), *weights, limit=limit,
-            rounded=rounded, invariant=invariant, implementation=kernel,
+        return moe.routed_experts(
+            x, experts, gates, *weights, limit=limit, rounded=rounded, invariant=invariant,
+            implementation=kernel,
         )
-        return y.reshape(b, t, d)
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
-    if implementation == "blocks":
-        size = _fixed_block_rows(b * t) if invariant else _block_rows(chosen.size, count)
-        plan, block_expert = _plan_blocks(chosen, count, size)
+    if _form(runtime) == "blocks":
+        size = _fixed_block_rows(len(x)) if invariant else _block_rows(experts.size, count)
+        plan, block_expert = _plan_blocks(experts, count, size)
         product = partial(_by_block, block_expert=block_expert, skip_empty=invariant)
     else:
-        plan, sizes = _plan_groups(chosen, count)
+        plan, sizes = plan_groups(experts, count)
         product = partial(_by_group, sizes=sizes)
-    x = x.reshape(b * t, d)
-    rows = _dispatch(round_tokens(x) if rounded else x, plan)
+    rows = dispatch(round_tokens(x) if rounded else x, plan)
     row_gates = jnp.take(gates.reshape(-1), plan.source, mode="fill", fill_value=0)
     expert = partial(_expert, limit=limit, rounded=rounded)
-    out = product(expert, rows, row_gates, weights)
-    return _combine(out, plan).reshape(b, t, d)
+    return combine(product(expert, rows, row_gates, weights), plan)
+
+
+def _form(runtime: Runtime) -> str:
+    """Return how XLA multiplies: on CPU ragged_dot would compute every expert for every row."""
+    if runtime.moe != "auto":
+        return runtime.moe
+    return "blocks" if target_platform() == CPU else "ragged"
 
 
 def _expert(product, rows, row_gates, weights: ExpertWeights, *, limit: float, rounded: bool):
@@ -167,17 +145,6 @@ def _by_block(
     return jax.lax.map(lambda block: run_block(*block), blocks).reshape(rows.shape[0], -1)
 
 
-def _plan_groups(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " e"]]:
-    """Sort token slots by expert; return the plan and the rows of each expert."""
-    flat = experts.reshape(-1)
-    source = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(source).at[source].set(jnp.arange(flat.size))
-    here = flat < count
-    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")
-    place = jnp.where(here, place, flat.size)
-    return Plan(jnp.where(here[source], source, flat.size), place.reshape(experts.shape)), sizes
-
-
 def _plan_blocks(
     experts: Int[Array, "t a"], count: int, size: int
 ) -> tuple[Plan, Int[Array, " blocks"]]:
@@ -185,7 +152,7 @@ def _plan_blocks(
 
     A block of nobody has the id past the last expert.
     """
-    plan, sizes = _plan_groups(experts, count)
+    plan, sizes = plan_groups(experts, count)
     slots = experts.size
     rows = min(slots // size + count, slots) * size  # the most that any choice of experts needs
     blocks = -(-sizes // size)
@@ -211,28 +178,3 @@ def _fixed_block_rows(tokens: int) -> int:
     row's bits do not depend on how many there are.
     """
     return 8 if tokens <= 32 else 64
-
-
-# Moving token rows to expert rows and adding expert rows into token rows are each other's
-# transposes; both are gathers, because a plan holds the indices of both directions.
-
-
-@jax.custom_vjp
-def _dispatch(x: Float[Array, "t d"], plan: Plan) -> Float[Array, "rows d"]:
-    """Copy each token's row to the rows of its experts; rows of nobody are 0."""
-    return jnp.take(x, plan.source // plan.place.shape[1], axis=0, mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _combine(rows: Float[Array, "rows d"], plan: Plan) -> Float[Array, "t d"]:
-    """Add up the rows of each token's experts; places past the end add nothing."""
-    return jnp.sum(jnp.take(rows, plan.place, axis=0, mode="fill", fill_value=0), axis=1)
-
-
-_dispatch.defvjp(
-    lambda x, plan: (_dispatch(x, plan), plan), lambda plan, grad: (_combine(grad, plan), None)
-)
-_combine.defvjp(
-    lambda rows, plan: (_combine(rows, plan), plan),
-    lambda plan, grad: (_dispatch(grad, plan), None),
-)

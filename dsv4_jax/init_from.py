@@ -79,14 +79,14 @@ def adopt_model(folder: str | Path, config: RunConfig, workdir: Path) -> ModelFo
     return found
 
 
-def load_weights(folder: ModelFolder, mesh: Mesh | None) -> dict:
+def load_weights(folder: ModelFolder, mesh: Mesh | None, layout: str) -> dict:
     """Read the parameters as a run trains them: in float32, on its mesh.
 
     Raises:
       InputError: they cannot be read.
     """
     _, params = load_pretrained(
-        folder.path, dtype="float32", mesh=mesh, skip_mtp=folder.skip_mtp
+        folder.path, dtype="float32", mesh=mesh, layout=layout, skip_mtp=folder.skip_mtp
     )
     return jax.block_until_ready(params)
 

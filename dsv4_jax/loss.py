@@ -10,6 +10,7 @@ from dsv4_jax.chunks import join, map_chunks, split
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Logits, Tokens
 from pallas_kernels import cross_entropy
 from pallas_kernels.implementation import XLA
+from pallas_kernels.target import CPU, target_platform
 
 
 def shifted_targets(
@@ -117,7 +118,7 @@ LARGER_PIECES = 4
 def _elements(hidden: Hidden, head: Float[Array, "d v"]) -> int:
     """Return how many logits a token position counts for in `chunks`."""
     logits = hidden.shape[0] * head.shape[1]
-    return -(-logits // LARGER_PIECES) if jax.default_backend() == "cpu" else logits
+    return -(-logits // LARGER_PIECES) if target_platform() == CPU else logits
 
 
 def _logits(hidden: Hidden, head: Float[Array, "d v"]) -> Logits:

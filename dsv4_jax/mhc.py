@@ -267,9 +267,9 @@ class StreamMix(nn.Module):
     def weights(self) -> tuple[Float[Array, "d n x"], Float[Array, " 3"], Float[Array, " x"]]:
         """Return fn, scale and base: those of pre, of post and, row by row, of comb."""
         d, n = self.config.hidden_size, self.config.hc_mult
-        fn_pre = param(self, "fn_pre", "width streams -> mix", (d, n, n))
-        fn_post = param(self, "fn_post", "width streams -> mix", (d, n, n))
-        fn_comb = param(self, "fn_comb", "width streams -> mix mix_in", (d, n, n, n))
+        fn_pre = param(self, "fn_pre", "width streams -> mix", (d, n, n), exact=True)
+        fn_post = param(self, "fn_post", "width streams -> mix", (d, n, n), exact=True)
+        fn_comb = param(self, "fn_comb", "width streams -> mix mix_in", (d, n, n, n), exact=True)
         base_pre = param(self, "base_pre", "mix", (n,), own_stream_init(self.own_stream % n))
         base_post = param(self, "base_post", "mix", (n,), own_stream_init(self.own_stream % n))
         base_comb = param(self, "base_comb", "mix mix_in", (n, n), diagonal_init)
@@ -287,7 +287,7 @@ class StreamHead(nn.Module):
     @nn.compact
     def __call__(self, streams: Streams) -> Hidden:
         c, n, d = self.config, self.config.hc_mult, streams.shape[-1]
-        fn = param(self, "fn", "width streams -> mix", (d, n, n))
+        fn = param(self, "fn", "width streams -> mix", (d, n, n), exact=True)
         base = param(self, "base", "mix", (n,), nn.initializers.zeros)
         scale = param(self, "scale", "gate", (1,), constant(c.hc_gate_init))
         logits = mix_logits(streams, fn, c.rms_norm_eps, self.runtime)

@@ -28,11 +28,11 @@ from dsv4_jax.layer_stats import LayerStats
 from dsv4_jax.layers import rms_norm
 from dsv4_jax.mhc import Residual, StreamHead, before_scan, finish, start
 from dsv4_jax.mtp import MultiTokenPrediction
-from dsv4_jax.params import draw, key_of, param
+from dsv4_jax.params import draw, key_of, param, shardings_of
 from dsv4_jax.rope import frequencies, rotation
 from dsv4_jax.schedule import MTP_BLOCK, factor_schedule
-from dsv4_jax.shapes import Array, Bool, Hidden, Int, Logits, Streams, Tokens
-from dsv4_jax.sharding import constrain, shardings_of
+from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Logits, Streams, Tokens
+from dsv4_jax.sharding import POD
 from dsv4_jax.token_ids import check_token_ids
 
 
@@ -44,6 +44,7 @@ class Features(NamedTuple):
     mtp_hidden: Hidden | None  # the same for the token after the next
     logits: Logits  # float32
     mtp_logits: Logits | None  # float32
+    head: Float[Array, "d v"]  # the weight that makes logits of hidden vectors
     layers: dict[str, LayerStats]  # by the path of the layer's block; scanned layers stacked
 
 
@@ -150,7 +151,7 @@ class Transformer(nn.Module):
         head = param(self, "head", "width -> vocab", (c.hidden_size, c.vocab_size)).astype(dtype)
         final_norm = param(self, "final_norm", "width", (c.hidden_size,), nn.initializers.ones)
 
-        x = self._constrain(table[batch.tokens].astype(dtype))
+        x = table[batch.tokens].astype(dtype)
         streams = jnp.broadcast_to(x[:, :, None], (*batch.tokens.shape, c.hc_mult, c.hidden_size))
         streams, layers, caches = self._layers(streams, batch, caches, experts)
         x = StreamHead(c, self.runtime, name="head_mix")(streams)
@@ -167,7 +168,7 @@ class Transformer(nn.Module):
             mtp_hidden, layers[MTP_BLOCK], _ = block(streams, embedded, mtp_batch)
             mtp_logits = self._logits(mtp_hidden, head)
         logits = self._logits(hidden, head)
-        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, layers), caches
+        return Features(streams, hidden, mtp_hidden, logits, mtp_logits, head, layers), caches
 
     def _layers(
         self, streams: Streams, batch: Batch, caches: dict[str, LayerCache] | None,
@@ -183,7 +184,6 @@ class Transformer(nn.Module):
             cache = None if caches is None else StackedCache(caches[name], jnp.int32(0))
             own = batch._replace(experts=experts.get(name))
             residual, layers[name], kept[name] = block(residual, own, cache)
-            residual = residual._replace(streams=self._constrain(residual.streams))
         if pairs:
             scan = nn.scan(
                 Pair, length=pairs, unroll=runtime.scan_unroll, in_axes=(0, 0, nn.broadcast),
@@ -203,17 +203,15 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Hidden, head) -> Logits:
         """Sum in float32; factors are of the compute dtype, as those of the released head are."""
-        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        return constrain(logits, "batch token vocab", self.runtime.mesh)
-
-    def _constrain(self, x):
-        return constrain(x, "batch", self.runtime.mesh)
+        return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def init_params(config: ModelConfig, key: jax.Array, mesh: Mesh | None = None) -> dict:
+def init_params(
+    config: ModelConfig, key: jax.Array, mesh: Mesh | None = None, layout: str = POD
+) -> dict:
     """Draw fresh parameters; on a mesh each device makes only its own parts."""
     boxed = param_shapes(config)
-    placed = flatten_dict({} if mesh is None else shardings_of(boxed, mesh))
+    placed = flatten_dict({} if mesh is None else shardings_of(boxed, mesh, layout))
     return unflatten_dict({
         path: draw(key_of(key, path), weight.init, weight.value.shape, placed.get(path))
         for path, weight in flatten_dict(boxed).items()

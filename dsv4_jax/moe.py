@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dsv4_jax.config import HASH, PLAIN, ModelConfig, Runtime
+from dsv4_jax.collectives import sum_over
+from dsv4_jax.config import HASH, ModelConfig, Runtime
 from dsv4_jax.experts import ExpertWeights, routed_experts
 from dsv4_jax.layers import clamped_swiglu, linear, project
 from dsv4_jax.params import Init, param
@@ -22,7 +23,6 @@ from dsv4_jax.router import (
     sequence_balance,
 )
 from dsv4_jax.shapes import Array, Bool, Float, Hidden, Int, Tokens
-from pallas_kernels.implementation import implementation_of
 
 
 class Experts(nn.Module):
@@ -40,10 +40,7 @@ class Experts(nn.Module):
         w_down = param(self, "w_down", "experts | expert_width -> width", (e, f, d))
         return routed_experts(
             x, routing, ExpertWeights(w_gate, w_up, w_down), limit=c.swiglu_limit,
-            implementation=self.runtime.moe, mesh=self.runtime.mesh,
-            invariant=self.runtime.batch_invariant, rounded=self.runtime.linears != PLAIN,
-            # On a mesh, too: each device runs it on the experts and tokens that it holds.
-            kernel=implementation_of("moe", self.runtime.kernels),
+            runtime=self.runtime,
         )
 
 
@@ -64,7 +61,10 @@ class SharedExpert(nn.Module):
             for w in (w_gate, w_up)
         )
         hidden = clamped_swiglu(gate, up, limit).astype(x.dtype)
-        return linear("btf,fd->btd", hidden, w_down, self.runtime)
+        y = linear(
+            "btf,fd->btd", hidden, w_down, self.runtime, preferred_element_type=jnp.float32
+        )
+        return sum_over(y, ("tensor",), self.runtime.mesh).astype(x.dtype)
 
 
 class MoE(nn.Module):
@@ -92,7 +92,9 @@ class MoE(nn.Module):
         """
         c = self.config
         count = c.n_routed_experts
-        w_router = param(self, "w_router", "width -> router_experts", (x.shape[-1], count))
+        w_router = param(
+            self, "w_router", "width -> router_experts", (x.shape[-1], count), exact=True
+        )
         logits = project(
             "btd,de->bte", x.astype(jnp.float32), w_router, self.runtime, precision="highest"
         )

@@ -12,6 +12,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+
+from dsv4_jax.collectives import gather_weight
+from dsv4_jax.errors import InputError
+from dsv4_jax.sharding import (
+    KEPT,
+    MESH_AXES,
+    POD,
+    AxisSplit,
+    check_divides,
+    parts_of,
+    spec_of,
+    split_of,
+)
 
 BATCH, IN, OUT, NONE = "batch", "in", "out", "none"
 
@@ -72,21 +86,59 @@ def parse_axes(signature: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def param(
-    module: nn.Module, name: str, signature: str, shape: tuple[int, ...], init: Init | None = None
+    module: nn.Module, name: str, signature: str, shape: tuple[int, ...], init: Init | None = None,
+    *, exact: bool = False,
 ):
     """Declare a weight of a module, float32 unless its init says otherwise; return its value.
+
+    On a mesh that is the part which a device uses, gathered from those who share it.
 
     Args:
       signature: axis names as "batch | in -> out" for matrices, or plain names for the rest.
       init: gives every stacked layer the same treatment, whatever axes lead the shape; the
         default is normal with the standard deviation `config.initializer_range`.
+      exact: it is used in float32, whatever the dtype of activations.
     """
     axes, kinds = parse_axes(signature)
     assert len(axes) == len(shape), f"{name}: axes {axes} do not fit shape {shape}"
     init = normal(module.config.initializer_range) if init is None else init
-    return module.param(
+    mesh, split = module.runtime.mesh, None
+    if mesh is not None:
+        split = split_of(axes, shape, mesh, module.runtime.layout, matrix=IN in kinds)
+        sizes = zip(shape, split, strict=True)
+        shape = tuple(size // parts_of(part.names, mesh) for size, part in sizes)
+    value = module.param(
         name, lambda key: Weight(init(key, shape, jnp.float32), axes, kinds, init)
     )
+    if split is None or not any(part.shared for part in split):
+        return value
+    dtype = jnp.dtype(jnp.float32) if exact else module.runtime.compute_dtype
+    return gather_weight(value, split, dtype)
+
+
+def weight_split(weight: Weight, mesh: Mesh, layout: str = POD) -> tuple[AxisSplit, ...]:
+    """Return how each axis of a weight is split."""
+    return split_of(weight.axes, weight.value.shape, mesh, layout, matrix=IN in weight.kinds)
+
+
+def shardings_of(boxed_params, mesh: Mesh, layout: str = POD):
+    """Return the tree of shardings of a tree of `Weight`s (arrays or their shapes).
+
+    Raises:
+      InputError: the mesh has not the axes of `MESH_AXES`, or one does not divide an axis that it
+        is to split for use; names both.
+    """
+    if set(mesh.axis_names) != set(MESH_AXES):
+        found = ", ".join(map(str, mesh.axis_names))
+        raise InputError(f"mesh: expected axes {', '.join(MESH_AXES)}, got {found}; use make_mesh")
+
+    def sharding(path, weight: Weight) -> NamedSharding:
+        for axis, size in zip(weight.axes, weight.value.shape, strict=True):
+            if axis in KEPT:
+                check_divides(mesh, (KEPT[axis],), axis, size, path_name(path))
+        return NamedSharding(mesh, spec_of(weight_split(weight, mesh, layout)))
+
+    return jax.tree_util.tree_map_with_path(sharding, boxed_params, is_leaf=_is_weight)
 
 
 # One object per value, so that equal initialisations share a compiled function.

@@ -78,8 +78,10 @@ def compile_step(
     )
     with timed("compiling the training step"):
         traced = step.trace(*described)
-        if run.config.runtime.remat or any_kernel(run.config.runtime.kernels):
-            counted = make_train_step(as_counted(run.config), stage, run.mesh)
+        uses_more = run.mesh is not None or run.config.runtime.remat
+        if uses_more or any_kernel(run.config.runtime.kernels):
+            # Of one device with everything: what devices do alike counts once.
+            counted = make_train_step(as_counted(run.config), stage)
             flops = count_flops(counted, *described)
         else:
             flops = flops_of(traced.jaxpr)

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from dsv4_jax.data import Batch
 from dsv4_jax.model import param_shapes
+from dsv4_jax.params import shardings_of
 from dsv4_jax.run_config import CHAT, RunConfig
 from dsv4_jax.served_model import ModelFolder
-from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh, shardings_of
+from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh
 from dsv4_jax.sizes import count_params
 from dsv4_jax.terminal import say, timed
 from dsv4_jax.tokenized import TokenizedCorpus, baseline_bits_per_byte, prepare_corpus
@@ -70,7 +71,7 @@ def mesh_of(config: RunConfig) -> Mesh | None:
     # The rows of a micro-batch and every axis of the model must fall into equal parts.
     for stage in config.stages:
         batch_sharding(mesh, stage.rows // stage.accumulation)
-    shardings_of(param_shapes(config.model), mesh)
+    shardings_of(param_shapes(config.model), mesh, config.mesh.layout)
     return mesh
 
 

@@ -22,6 +22,7 @@ from dsv4_jax.config import (
 )
 from dsv4_jax.encoding_texts import THINKING
 from dsv4_jax.errors import InputError
+from dsv4_jax.sharding import LAYOUTS, MESH_AXES, POD
 
 LARGEST = 2**31 - 1  # of sizes and counts, which are int32 in compiled programs
 CHAT = "chat"  # of the formats of data
@@ -243,13 +244,13 @@ class MeshConfig:
     fsdp: int = 1  # parts of the parameters, gathered for use
     expert: int = 1  # parts of the routed experts
     tensor: int = 1  # parts of heads and expert widths
+    layout: str = POD  # which devices share weights beside: see `sharding.LAYOUTS`
 
     def __post_init__(self):
         check_field_types(self)
+        check_choice("MeshConfig.layout", self.layout, tuple(LAYOUTS))
         _check_rules(
-            self,
-            *((field.name, getattr(self, field.name) >= 1, "at least 1")
-              for field in dataclasses.fields(self)),
+            self, *((axis, getattr(self, axis) >= 1, "at least 1") for axis in MESH_AXES)
         )
 
 
@@ -349,8 +350,8 @@ _SECTIONS = {
     "mesh": MeshConfig,
 }
 STAGES = "stages"
-# What a config does not set of the runtime: its mesh is made of `MeshConfig`, the rest by stages.
-_DERIVED = ("mesh", "csa", "index_learns")
+# What a config does not set of the runtime: mesh and layout are `MeshConfig`'s, the rest stages'.
+_DERIVED = ("mesh", "layout", "csa", "index_learns")
 
 
 def defaults() -> dict[str, dict]:

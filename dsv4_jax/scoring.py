@@ -149,4 +149,4 @@ def _score(config: ModelConfig, runtime: Runtime, params: dict, tokens, targets,
     features = Transformer(config, runtime).apply(
         {"params": params}, tokens, segments, mtp=False, method="features"
     )
-    return token_scores(features.hidden, params["head"], targets)
+    return token_scores(features.hidden, features.head, targets)

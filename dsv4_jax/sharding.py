@@ -1,32 +1,42 @@
-"""Place arrays on a mesh of devices: one table from the names of axes to the mesh."""
+"""Place arrays on a mesh of devices.
+
+A weight is split in two ways. By the axes of `KEPT` a device holds the experts and heads that it
+computes; nobody gathers those. What is left is split further to save memory, and gathered for use:
+`LAYOUTS` says over which devices.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.params import Weight, path_name
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # Rows of a batch are spread over every axis but "tensor", so that the same devices that hold
 # different experts also work on different tokens.
 BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical axis -> mesh axes. An axis that is not listed is whole on every device.
-RULES = {
-    "batch": BATCH_AXES,
-    "width": ("fsdp",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "groups": ("tensor",),
-    "index_heads": ("tensor",),
-    "experts": ("expert",),
-    "expert_width": ("tensor",),
+# Logical axis -> the mesh axis over which it is split, in use too.
+KEPT = {"experts": "expert", "heads": "tensor", "groups": "tensor", "expert_width": "tensor"}
+
+# Layout -> the mesh axes that share the other weights, and, beside "expert", the experts.
+LAYOUTS = {
+    # One network joins all devices well, as in a TPU pod: everything is shared by all.
+    "pod": {"dense": ("fsdp", "expert", "tensor"), "experts": ("fsdp",)},
+    # It is fast within hosts alone, as between GPUs, which "fsdp" and "tensor" should then be:
+    # there dense weights are gathered often; experts, of which most are elsewhere, travel little.
+    "cluster": {"dense": ("fsdp", "tensor"), "experts": ("fsdp",)},
 }
+POD = "pod"
+
+# A mesh axis splits the first of these that it divides. Experts first: as long as every one is
+# whole, Muon needs nothing of other devices.
+SHARED = ("experts", "width", "rank", "out_rank")
 
 
 def make_mesh(sizes: Sequence[int]) -> Mesh:
@@ -46,57 +56,68 @@ def make_mesh(sizes: Sequence[int]) -> Mesh:
     return jax.make_mesh(tuple(sizes), MESH_AXES, auto, devices=devices[:count])
 
 
-def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
-    """Return the partition of an array with these logical axes."""
-    return PartitionSpec(*(RULES.get(axis) for axis in axes))
+class AxisSplit(NamedTuple):
+    """The mesh axes that split an axis of a weight, `kept` outside of `shared`."""
+
+    kept: tuple[str, ...] = ()  # in use, too
+    shared: tuple[str, ...] = ()  # gathered for use
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, the outermost first."""
+        return self.kept + self.shared
 
 
-def constrain(x: jax.Array, axes: str, mesh: Mesh | None) -> jax.Array:
-    """Fix the placement of an activation, given its logical axes separated by blanks."""
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(tuple(axes.split()))))
+def split_of(
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh, layout: str, *, matrix: bool
+) -> tuple[AxisSplit, ...]:
+    """Return how each axis of a weight is split.
 
-
-def shardings_of(boxed_params, mesh: Mesh):
-    """Return the tree of shardings of a tree of `Weight`s (arrays or their shapes).
-
-    Raises:
-      InputError: the mesh has not the axes of `MESH_AXES`, or one does not divide an axis that it
-        is to split; names both.
+    A mesh axis that divides none of the weight's `SHARED` axes does not split it. What is no
+    matrix is whole but for `KEPT`: gathering it would take longer than its memory is worth.
     """
-    if set(mesh.axis_names) != set(MESH_AXES):
-        found = ", ".join(map(str, mesh.axis_names))
-        raise InputError(f"mesh: expected axes {', '.join(MESH_AXES)}, got {found}; use make_mesh")
+    split = [AxisSplit((KEPT[axis],) if axis in KEPT else ()) for axis in axes]
+    if not matrix:
+        return tuple(split)
+    shared_by = LAYOUTS[layout]["experts" if "experts" in axes else "dense"]
+    places = [axes.index(axis) for axis in SHARED if axis in axes]
+    for name in shared_by:
+        if mesh.shape[name] == 1 or any(name in part.names for part in split):
+            continue
+        for place in places:
+            part = split[place]._replace(shared=(*split[place].shared, name))
+            if shape[place] % parts_of(part.names, mesh) == 0:
+                split[place] = part
+                break
+    return tuple(split)
 
-    def sharding(path, weight: Weight) -> NamedSharding:
-        for axis, size in zip(weight.axes, weight.value.shape, strict=True):
-            check_divides(mesh, axis, size, path_name(path))
-        return NamedSharding(mesh, spec_of(weight.axes))
 
-    return jax.tree_util.tree_map_with_path(
-        sharding, boxed_params, is_leaf=lambda leaf: isinstance(leaf, Weight)
-    )
+def parts_of(names: Sequence[str], mesh: Mesh) -> int:
+    """Return into how many parts these mesh axes split an axis."""
+    return math.prod(mesh.shape[name] for name in names)
 
 
-def check_divides(mesh: Mesh, axis: str, size: int, where: str) -> None:
-    """Raise an InputError unless the mesh axes of a logical axis divide its size."""
-    mesh_axes = RULES.get(axis, ())
-    parts = math.prod(mesh.shape[name] for name in mesh_axes)
+def spec_of(split: Sequence[AxisSplit]) -> PartitionSpec:
+    """Return what `split_of` says as a partition."""
+    return PartitionSpec(*(part.names or None for part in split))
+
+
+def check_divides(mesh: Mesh, names: Sequence[str], axis: str, size: int, where: str) -> None:
+    """Raise an InputError unless these mesh axes divide the size of an axis."""
+    parts = parts_of(names, mesh)
     if size % parts:
         raise InputError(
-            f"mesh: {' x '.join(mesh_axes)} = {parts} devices do not divide axis {axis!r} of size "
+            f"mesh: {' x '.join(names)} = {parts} devices do not divide axis {axis!r} of size "
             f"{size} of {where}; choose a divisor of {size}"
         )
 
 
 def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Return the placement of a batch of this many rows: split over all axes but "tensor"."""
-    check_divides(mesh, "batch", rows, "the batch")
+    check_divides(mesh, BATCH_AXES, "batch", rows, "the batch")
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the placement that holds an array whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
-

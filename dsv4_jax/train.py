@@ -147,7 +147,7 @@ def _first_state(
     if step is None:
         params = None
         if run.origin is not None:
-            params = load_weights(run.origin, run.mesh)
+            params = load_weights(run.origin, run.mesh, run.config.mesh.layout)
         with timed("drawing the initial weights" if params is None else "making the state"):
             return 0, jax.block_until_ready(init_state(run.config, run.mesh, params)), {}
     state, place = checkpoints.restore(abstract_state(run.config, run.mesh))

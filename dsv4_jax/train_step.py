@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 from dsv4_jax.attention.layout import document_offsets
 from dsv4_jax.attention.lesson import Lesson
+from dsv4_jax.collectives import max_over, sum_gradients, sum_over
 from dsv4_jax.config import CSA
 from dsv4_jax.flops import count_flops
 from dsv4_jax.loss import shifted_targets, token_nats
@@ -29,13 +30,13 @@ from dsv4_jax.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
-from dsv4_jax.params import kinds_of, merge, split_trainable
+from dsv4_jax.params import kinds_of, merge, shardings_of, split_trainable
 from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.router import updated_bias
 from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
 from dsv4_jax.schedule import by_layer
 from dsv4_jax.shapes import Array, Float, Int
-from dsv4_jax.sharding import replicated, shardings_of
+from dsv4_jax.sharding import BATCH_AXES, parts_of, replicated
 from pallas_kernels.implementation import XLA, implementation_of
 
 # "tokens", if packed "segment_ids" and "positions", and of chats "loss_mask": int32 [b, t];
@@ -82,7 +83,8 @@ def transformer_of(
 ) -> Transformer:
     """Return the model of a run, on its mesh, with the attention of a stage."""
     runtime = dataclasses.replace(
-        config.runtime, mesh=mesh, csa=stage.csa, index_learns=index_learns
+        config.runtime, mesh=mesh, layout=config.mesh.layout, csa=stage.csa,
+        index_learns=index_learns,
     )
     return Transformer(config.model, runtime)
 
@@ -101,7 +103,8 @@ def init_state(
       params: to start from, on the mesh; None: they are drawn.
     """
     if params is None:
-        params = init_params(config.model, jax.random.key(config.train.seed), mesh)
+        key = jax.random.key(config.train.seed)
+        params = init_params(config.model, key, mesh, config.mesh.layout)
     placed = state_shardings(config, mesh)
     opt_placed, counter = (None, None) if mesh is None else (placed.opt_state, placed.step)
     init = jax.jit(_optimizer_of(config).init, out_shardings=opt_placed)
@@ -133,7 +136,7 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     if mesh is None:
         return None
     shapes = _state_shapes(config)
-    params = shardings_of(param_shapes(config.model), mesh)
+    params = shardings_of(param_shapes(config.model), mesh, config.mesh.layout)
     opt_state = optax.tree_map_params(
         _optimizer_of(config),
         lambda moment, sharding: moment if _is_masked(moment) else sharding,
@@ -174,17 +177,14 @@ def make_train_step(
     The load of an expert is told as a multiple of its layer's mean: 1 is even.
     """
     train, learners = config.train, learners_of(stage)
-    model = transformer_of(config, stage, mesh, index_learns=INDEXERS in learners)
     optimizer = _optimizer_of(config, learners, mesh)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     indexers = config.model.layer_types.count(CSA)
-    placed = None if mesh is None else split_trainable(state_shardings(config, mesh).params)[0]
+    gradient_of = make_gradient(config, stage, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, fixed = split_trainable(state.params)
         rounded = round_weights(trainable, config.model, config.runtime.linears)
-        if mesh is not None:
-            rounded = jax.lax.with_sharding_constraint(rounded, placed)
         learning, resting = _split_learning(rounded, learners)
         taken = state.step - state.skips.total
         learning_rate = schedule(taken)
@@ -193,20 +193,7 @@ def make_train_step(
         counts = jnp.maximum(_count_targets(batch, config.model.csa_ratio), 1)
         weights = _loss_weights(config, stage, taken) / counts
 
-        def objective(learning, rows):
-            params = merge(merge(learning, resting), fixed)
-            sums = _forward(model, params, rows, 1 / stage.accumulation, mtp=MODEL in learners)
-            return _total(weights, sums), sums
-
-        def gradient(learning, rows):
-            gradients, sums = jax.grad(objective, has_aux=True)(learning, rows)
-            if mesh is not None:
-                # Here each device already keeps its own part alone of the sum over devices.
-                own = _split_learning(placed, learners)[0]
-                gradients = jax.lax.with_sharding_constraint(gradients, own)
-            return gradients, sums
-
-        gradients, sums = _accumulate(gradient, learning, batch, stage.accumulation)
+        gradients, sums = gradient_of(learning, merge(resting, fixed), batch, weights)
         updates, opt_state = optimizer.update(
             merge(gradients, jax.tree.map(jnp.zeros_like, resting)), state.opt_state, trainable,
             learning_rate=learning_rate,
@@ -246,6 +233,55 @@ def make_train_step(
     return step
 
 
+def make_gradient(
+    config: RunConfig, stage: StageConfig, mesh: Mesh | None
+) -> Callable[[dict, dict, Batch, Array], tuple[dict, Sums]]:
+    """Return the function to the gradient of a batch's objective and the sums that make it up.
+
+    Of the leaves that learn, of all others, a batch, and the weights of `_loss_weights`. On a mesh
+    every device runs the model on its rows; a gradient is then added up over the devices that hold
+    the same part of the leaf.
+    """
+    learners = learners_of(stage)
+    model = transformer_of(config, stage, mesh, index_learns=INDEXERS in learners)
+    share = 1 / stage.accumulation
+    if mesh is not None:
+        share /= parts_of(BATCH_AXES, mesh)
+
+    def objective(learning: dict, others: dict, rows: Batch, weights: Array):
+        sums = _forward(model, merge(learning, others), rows, share, mtp=MODEL in learners)
+        return _total(weights, sums), sums
+
+    def gradient(learning: dict, others: dict, batch: Batch, weights: Array):
+        def of_rows(learning, rows):
+            return jax.grad(objective, has_aux=True)(learning, others, rows, weights)
+
+        return _accumulate(of_rows, learning, batch, stage.accumulation)
+
+    if mesh is None:
+        return gradient
+    placed = jax.tree.map(lambda sharding: sharding.spec, state_shardings(config, mesh).params)
+    trainable, fixed = split_trainable(placed)
+    learning, resting = _split_learning(trainable, learners)
+
+    def on_device(parts: dict, others: dict, batch: Batch, weights: Array):
+        # Devices along "tensor" work on the same rows: their objectives add up to one.
+        gradients, sums = gradient(parts, others, batch, weights / mesh.shape["tensor"])
+        return sum_gradients(gradients, learning, mesh), _sum_up(sums, mesh)
+
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(learning, merge(resting, fixed), rows, PartitionSpec()),
+        out_specs=(learning, PartitionSpec()), check_vma=False,
+    )
+
+
+def _sum_up(sums: Sums, mesh: Mesh | None) -> Sums:
+    """Add up what devices have found in their rows."""
+    error = max_over(sums.sinkhorn_error, BATCH_AXES, mesh)
+    return sum_over(sums, BATCH_AXES, mesh)._replace(sinkhorn_error=error)
+
+
 def _loss_weights(
     config: RunConfig, stage: StageConfig, taken: Array
 ) -> Float[Array, " losses"]:
@@ -282,11 +318,16 @@ def make_evaluation(
     """Return the function from parameters and batch to the nats of all predicted tokens."""
     model = transformer_of(config, stage, mesh)
 
-    def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
-        params = round_weights(params, config.model, config.runtime.linears)
+    def nats(params: dict, batch: Batch) -> Float[Array, ""]:
         inputs = _model_inputs(batch)
         features = model.apply({"params": params}, **inputs, mtp=False, method="features")
-        return _nats(model, features.hidden, params["head"], _targets(batch, 1))
+        found = _nats(model, features.hidden, features.head, _targets(batch, 1))
+        return sum_over(found, BATCH_AXES, mesh)
+
+    on_devices = _on_rows(nats, config, mesh, PartitionSpec())
+
+    def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
+        return on_devices(round_weights(params, config.model, config.runtime.linears), batch)
 
     return evaluate
 
@@ -302,7 +343,6 @@ def make_routing(
     model = transformer_of(config, stage, mesh)
 
     def chosen(params: dict, batch: Batch) -> dict[str, Array]:
-        params = round_weights(params, config.model, config.runtime.linears)
         features = model.apply({"params": params}, **_model_inputs(batch), method="features")
         biased = {path[:-2] for path in flatten_dict(params) if path[-1] == "selection_bias"}
         return {
@@ -310,7 +350,25 @@ def make_routing(
             for path, stats in features.layers.items() if tuple(path.split("/")) in biased
         }
 
-    return chosen
+    on_devices = _on_rows(chosen, config, mesh, PartitionSpec(BATCH_AXES))
+
+    def routing(params: dict, batch: Batch) -> dict[str, Array]:
+        return on_devices(round_weights(params, config.model, config.runtime.linears), batch)
+
+    return routing
+
+
+def _on_rows(
+    function: Callable, config: RunConfig, mesh: Mesh | None, outputs: PartitionSpec
+) -> Callable:
+    """Run a function of parameters and batch on every device, for its rows."""
+    if mesh is None:
+        return function
+    placed = jax.tree.map(lambda sharding: sharding.spec, state_shardings(config, mesh).params)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(placed, PartitionSpec(BATCH_AXES)), out_specs=outputs,
+        check_vma=False,
+    )
 
 
 def _model_inputs(batch: Batch) -> Batch:
@@ -385,7 +443,7 @@ def _forward(model: Transformer, params: dict, batch: Batch, share: float, mtp: 
     }
     inputs = _model_inputs(batch)
     features = model.apply({"params": params}, **inputs, mtp=mtp, experts=chosen, method="features")
-    head, mtp_nats = params["head"], jnp.zeros(())
+    head, mtp_nats = features.head, jnp.zeros(())
     if features.mtp_hidden is not None:
         mtp_nats = _nats(model, features.mtp_hidden, head, _targets(batch, 2))
     layers = features.layers.values()

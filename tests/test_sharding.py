@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import numpy as np
@@ -15,9 +14,28 @@ from dsv4_jax import chunks
 from dsv4_jax.errors import InputError
 from dsv4_jax.model import param_shapes
 from dsv4_jax.optimizer import MUON, label_leaves, make_optimizer
-from dsv4_jax.params import IN, OUT, kinds_of, path_name, split_trainable
+from dsv4_jax.params import (
+    IN,
+    OUT,
+    kinds_of,
+    parse_axes,
+    path_name,
+    shardings_of,
+    split_trainable,
+    weight_split,
+)
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.sharding import MESH_AXES, RULES, batch_sharding, make_mesh, shardings_of
+from dsv4_jax.sharding import (
+    KEPT,
+    LAYOUTS,
+    MESH_AXES,
+    POD,
+    SHARED,
+    batch_sharding,
+    make_mesh,
+    parts_of,
+    split_of,
+)
 from dsv4_jax.train_step import (
     Skips,
     TrainState,
@@ -154,7 +172,7 @@ def assert_close(found: dict[str, jax.Array], expected: dict[str, jax.Array]) ->
     assert max(ratios.values()) < TOLERANCE, sorted(ratios.items(), key=lambda x: -x[1])[:5]
 
 
-def assert_parted(tree, boxed, mesh) -> int:
+def assert_parted(tree, boxed, mesh, layout=POD) -> int:
     """Check every leaf against the table, by the shapes of its parts; return how many are split.
 
     Args:
@@ -164,8 +182,8 @@ def assert_parted(tree, boxed, mesh) -> int:
     weights = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
     for leaf, weight in zip(jax.tree.leaves(tree), weights, strict=True):
         part = tuple(
-            size // math.prod(mesh.shape[name] for name in RULES.get(axis, ()))
-            for size, axis in zip(leaf.shape, weight.axes, strict=True)
+            size // parts_of(split.names, mesh)
+            for size, split in zip(leaf.shape, weight_split(weight, mesh, layout), strict=True)
         )
         shapes = {shard.data.shape for shard in leaf.addressable_shards}
         assert shapes == {part}, (weight.axes, leaf.shape, shapes, part)
@@ -231,14 +249,15 @@ def test_muon_on_a_mesh_equals_one_device():
 @pytest.mark.parametrize("name", ["sparse", "dense"])
 def test_muon_merges_no_sharded_axis_behind_another(name):
     """Rows and columns that are merged stay where they are only if the first axis is split."""
-    config = run_config(name, "muon")
+    config, mesh = run_config(name, "muon"), make_mesh((1, 2, 2, 2))
     boxed = split_trainable(param_shapes(config.model))[0]
     labels = jax.tree.leaves(label_leaves(kinds_of(boxed), config.optimizer))
     weights = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
     for weight, label in zip(weights, labels, strict=True):
         for kind in (IN, OUT) if label.endswith(MUON) else ():
-            merged = [a for a, k in zip(weight.axes, weight.kinds, strict=True) if k == kind]
-            assert not set(merged[1:]) & RULES.keys(), weight
+            split = zip(weight_split(weight, mesh), weight.kinds, strict=True)
+            merged = [part for part, k in split if k == kind]
+            assert not any(part.names for part in merged[1:]), weight
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():
@@ -249,7 +268,6 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
 
 
 @pytest.mark.parametrize(("sizes", "changes", "message"), [
-    ((1, 8, 1, 1), {"hidden_size": 12}, "fsdp = 8 devices do not divide axis 'width' of size 12"),
     ((1, 1, 4, 1), {"n_routed_experts": 6}, "expert = 4 .* axis 'experts' of size 6 of layers_0"),
     ((1, 1, 1, 4), {}, "tensor = 4 devices do not divide axis 'groups' of size 2 of layers_0"),
 ])
@@ -258,6 +276,30 @@ def test_a_mesh_that_does_not_divide_an_axis_is_refused(sizes, changes, message)
     with pytest.raises(InputError, match=message) as caught:
         shardings_of(param_shapes(config), make_mesh(sizes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("layout", "axes", "shape", "expected"), [
+    # Whole experts as long as these suffice, then their width; "tensor" has been used.
+    ("pod", "experts | width -> expert_width", (8, 16, 8), ("expert fsdp", "", "tensor")),
+    ("pod", "experts | width -> expert_width", (2, 16, 8), ("expert", "fsdp", "tensor")),
+    ("pod", "width -> rank", (16, 8), ("fsdp expert tensor", "")),
+    ("pod", "width -> rank", (12, 8), ("fsdp expert", "tensor")),
+    ("pod", "width -> rank", (9, 7), ("", "")),
+    ("pod", "rank -> heads head_width", (8, 4, 8), ("fsdp expert", "tensor", "")),
+    ("pod", "width", (16,), ("",)),
+    ("pod", "heads", (4,), ("tensor",)),
+    ("cluster", "width -> rank", (16, 8), ("fsdp tensor", "")),
+    ("cluster", "experts | width -> expert_width", (8, 16, 8), ("expert fsdp", "", "tensor")),
+])
+def test_how_a_weight_is_split(layout, axes, shape, expected):
+    names, kinds = parse_axes(axes)
+    split = split_of(names, shape, make_mesh((1, 2, 2, 2)), layout, matrix=IN in kinds)
+    assert tuple(" ".join(part.names) for part in split) == expected
+
+
+def test_axes_of_one_device_split_nothing():
+    split = split_of(("width", "rank"), (16, 8), make_mesh((1, 1, 1, 1)), POD, matrix=True)
+    assert [part.names for part in split] == [(), ()]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -270,6 +312,7 @@ def test_every_rule_names_axes_of_the_mesh_and_of_the_model():
         param_shapes(run_config("sparse").model),
         is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
     ) for axis in leaf.axes}
-    for axis, mesh_axes in RULES.items():
-        assert set(mesh_axes) <= set(MESH_AXES)
-        assert axis in used | {"batch"}
+    assert {*KEPT, *SHARED} <= used
+    assert set(KEPT.values()) <= set(MESH_AXES)
+    for layout in LAYOUTS.values():
+        assert set().union(*layout.values()) <= set(MESH_AXES)

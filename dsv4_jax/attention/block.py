@@ -27,12 +27,12 @@ from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.cache import LayerCache, Span, StackedCache
 from dsv4_jax.cache_format import encode_entry, encode_index_key, round_entry
+from dsv4_jax.collectives import sum_over
 from dsv4_jax.config import CSA, FP4, FP8, WINDOW, ModelConfig, Runtime
 from dsv4_jax.layers import linear, project, rms_norm
 from dsv4_jax.params import param
 from dsv4_jax.rope import Rotation, rotate
 from dsv4_jax.shapes import Array, Float, Hidden, Queries, Tokens
-from dsv4_jax.sharding import constrain
 
 
 class Places(NamedTuple):
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         q_rank = linear("btd,dr->btr", x, w_q_a, self.runtime)
         q_rank = rms_norm(q_rank, q_norm, eps=c.rms_norm_eps)
         q = rms_norm(linear("btr,rhk->bthk", q_rank, w_q_b, self.runtime), eps=c.rms_norm_eps)
-        q = constrain(rotate(q, places.at_query), "batch token heads head_width", self.runtime.mesh)
+        q = rotate(q, places.at_query)
         kv = rms_norm(linear("btd,dk->btk", x, w_kv, self.runtime), kv_norm, eps=c.rms_norm_eps)
         kv = rotate(kv, places.at_query)
         lesson = kept = None
@@ -94,9 +94,11 @@ class Attention(nn.Module):
         else:
             out, kept = self._attend_cached(x, q_rank, q, kv, sink, places, cache)
         out = rotate(out, places.at_query, inverse=True)
-        out = out.reshape(*out.shape[:2], groups, per_group, width)
+        out = out.reshape(*out.shape[:2], -1, per_group, width)
         out = self._project_groups(out, w_o_a)
-        return linear("btgo,god->btd", out, w_o_b, self.runtime).astype(dtype), lesson, kept
+        y = linear("btgo,god->btd", out, w_o_b, self.runtime, preferred_element_type=jnp.float32)
+        # Each device of "tensor" has the part of its heads.
+        return sum_over(y, ("tensor",), self.runtime.mesh).astype(dtype), lesson, kept
 
     def _project_groups(self, x: Float[Array, "b t g h k"], w: Float[Array, "g h k o"]) -> Array:
         """Project each group of heads by a matrix of its own.
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         if self.kind == CSA:
             return attend_csa(
                 q, kv, entries, index, sink, topk=c.index_topk, sparse=sparse,
-                learn=self.runtime.index_learns, rounded=fp4, **common,
+                learn=self.runtime.index_learns, rounded=fp4, mesh=self.runtime.mesh, **common,
             )
         return attend_hybrid(q, kv, entries, sink, choose=all_visible, **common)
 

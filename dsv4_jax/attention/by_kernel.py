@@ -9,6 +9,7 @@ from dsv4_jax.attention.csa import best_entries
 from dsv4_jax.attention.indexer import IndexQueries
 from dsv4_jax.attention.layout import EntryLayout, document_offsets
 from dsv4_jax.attention.lesson import Lesson
+from dsv4_jax.collectives import gather_over
 from dsv4_jax.config import CSA, FP4, ModelConfig, Runtime
 from dsv4_jax.shapes import Array, Entries, Float, Keys, Queries, Tokens
 from pallas_kernels import index_loss, indexer, sparse_attention
@@ -93,8 +94,11 @@ def _lesson(
     """
     if not entries.shape[1]:
         return Lesson(*jnp.zeros((3, *q.shape[:2])))
+    # What an indexer learns from is the attention of all heads.
+    q, entries, log_total = jax.lax.stop_gradient((q, entries, log_total))
+    q, log_total = (gather_over(x, "tensor", 2, runtime.mesh) for x in (q, log_total))
     divergence, recall = index_loss.index_loss(
-        *jax.lax.stop_gradient((q, entries, log_total)), *index, seen, best,
+        q, entries, log_total, *index, seen, best,
         runtime.implementation("index_loss"),
     )
     if best is None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dsv4_jax.attention.core import Compressed, all_visible, attend_hybrid
 from dsv4_jax.attention.indexer import IndexQueries, index_scores, top_entries, top_mask
@@ -13,6 +14,7 @@ from dsv4_jax.attention.layout import EntryLayout
 from dsv4_jax.attention.lesson import Lesson, lesson_of
 from dsv4_jax.cache_format import round_scores
 from dsv4_jax.chunks import keep, map_chunks
+from dsv4_jax.collectives import sum_over
 from dsv4_jax.config import SERVED
 from dsv4_jax.shapes import Array, Bool, Entries, Float, Int, Keys, Queries, Tokens
 
@@ -36,6 +38,7 @@ def attend_csa(
     ratio: int,
     layout: EntryLayout,
     segment_ids: Tokens | None,
+    mesh: Mesh | None = None,
 ) -> tuple[Queries, Lesson | None]:
     """Attend each query to its window and to visible entries.
 
@@ -45,6 +48,7 @@ def attend_csa(
       learn: return what the indexer is to learn from the entries that are attended to, each
         field [b, t].
       rounded: the choice compares scores in bfloat16, as served models do.
+      mesh: whose axis "tensor" the heads are spread over.
     """
     choose = partial(
         _choose, index_keys=index.keys, topk=topk if sparse else None, learn=learn,
@@ -53,6 +57,7 @@ def attend_csa(
     teach = None
     if learn:
         def teach(chosen: Compressed, mass: Array) -> Lesson:
+            mass = sum_over(mass, ("tensor",), mesh)
             return lesson_of(chosen.scores, chosen.mask, mass, None if sparse else topk)
     return attend_hybrid(
         q, keys, entries, sink, window=window, ratio=ratio, layout=layout,

@@ -22,13 +22,14 @@ from dsv4_jax.convert.source import FileSource
 from dsv4_jax.convert.storage import PLAIN_DTYPES, Storage, dtype_name, stored_shapes
 from dsv4_jax.convert.table import weights_of
 from dsv4_jax.errors import InputError
-from dsv4_jax.sharding import shardings_of, spec_of
+from dsv4_jax.params import shardings_of
+from dsv4_jax.sharding import POD
 from dsv4_jax.terminal import say
 
 
 def load_pretrained(
     path: str | os.PathLike, *, dtype: jnp.dtype | str | None = None, mesh: Mesh | None = None,
-    keep_quantized: bool = False, skip_mtp: bool = False,
+    layout: str = POD, keep_quantized: bool = False, skip_mtp: bool = False,
 ) -> tuple[ModelConfig, dict]:
     """Load a checkpoint of DeepSeek-V4: safetensors in any naming and format, or ours.
 
@@ -41,8 +42,9 @@ def load_pretrained(
         is taken.
       dtype: of all floating-point leaves. None: quantised tensors become bfloat16, everything else
         keeps its stored type.
-      mesh: devices that share the parameters as `sharding.RULES` says; each process reads the bytes
-        of its own shards alone. None: the default device.
+      mesh: devices that share the parameters; each process reads the bytes of its own shards alone.
+        None: the default device.
+      layout: how they share them: one of `sharding.LAYOUTS`.
       keep_quantized: leave quantised weights as `Quantized` leaves, which hold the stored bytes;
         `dequantize` makes weights of them, `save_pretrained` writes the same bytes again.
       skip_mtp: leave out the multi-token prediction block, of whatever kind.
@@ -56,7 +58,7 @@ def load_pretrained(
     opened = open_checkpoint(Path(path), skip_mtp=skip_mtp)
     say(f"{path}: {opened.title}")
     source = opened.source
-    shardings = _shardings(source.config, mesh)
+    shardings = _shardings(source.config, mesh, layout)
     stored = {tensor.name: source.storage(tensor) for tensor in source.tensors}
     wanted = stored if name is None else dict.fromkeys(stored, Storage(PLAIN_DTYPES[name]))
     params = {}
@@ -70,11 +72,11 @@ def load_pretrained(
     return source.config, unflatten_dict(params, sep="/")
 
 
-def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
+def _shardings(config: ModelConfig, mesh: Mesh | None, layout: str) -> dict[str, Sharding]:
     weights = weights_of(config)
     if mesh is None:
         return dict.fromkeys(weights, jnp.zeros(()).sharding)  # of the default device
-    return flatten_dict(shardings_of(unflatten_dict(weights, sep="/"), mesh), sep="/")
+    return flatten_dict(shardings_of(unflatten_dict(weights, sep="/"), mesh, layout), sep="/")
 
 
 def _is_quantized(leaf: Leaf, storages: dict[str, Storage]) -> bool:
@@ -121,8 +123,9 @@ def _stored_sharding(sharding: Sharding, leaf: Leaf, shape: tuple[int, ...]) -> 
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
-    axes = leaf.parts[0][1].layout.axes
-    spec = [*sharding.spec[: leaf.stacked], *spec_of(tuple(axis[0] for axis in axes))]
+    layout = leaf.parts[0][1].layout
+    of_axis = dict(zip(layout.names, sharding.spec[leaf.stacked :], strict=True))
+    spec = [*sharding.spec[: leaf.stacked], *(of_axis[axis[0]] for axis in layout.axes)]
     for axis, size in enumerate(shape):
         names = (spec[axis],) if isinstance(spec[axis], str) else spec[axis] or ()
         if size % math.prod(sharding.mesh.shape[name] for name in names):

@@ -1,0 +1,114 @@
+"""What a device of a mesh gives to others and gets from them, inside of `shard_map`.
+
+A function under `shard_map` runs on every device, on the part that lies there. Its gradient is that
+of the sum, over all devices, of what it returns on each. Without a mesh nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from dsv4_jax.shapes import Array, Float, Int
+from dsv4_jax.sharding import MESH_AXES, AxisSplit
+from pallas_kernels.target import CPU, target_platform
+
+
+def gather_weight(part: Array, split: Sequence[AxisSplit], dtype: jnp.dtype) -> Array:
+    """Return a weight as it is used, in this dtype, of the part that lies here.
+
+    The gradients of all who use it are added up in float32.
+    """
+    shared = tuple((axis, names) for axis, (_, names) in enumerate(split) if names)
+    return _gather(part, shared, dtype, part.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(part: Array, shared: tuple, dtype: jnp.dtype, stored: jnp.dtype) -> Array:
+    part = part.astype(dtype)
+    for axis, names in shared:
+        part = jax.lax.all_gather(part, names, axis=axis, tiled=True)
+    return part
+
+
+def _scatter(shared: tuple, dtype: jnp.dtype, stored: jnp.dtype, _, grad: Array):
+    grad = grad.astype(jnp.float32)
+    for axis, names in shared:
+        grad = jax.lax.psum_scatter(grad, names, scatter_dimension=axis, tiled=True)
+    return (grad.astype(stored),)
+
+
+_gather.defvjp(lambda part, *how: (_gather(part, *how), None), _scatter)
+
+
+def sum_over(x, names: Sequence[str], mesh: Mesh | None):
+    """Add up a tree of arrays over the devices along these axes."""
+    names = _longer_than_one(names, mesh)
+    return jax.lax.psum(x, names) if names else x
+
+
+def max_over(x: Array, names: Sequence[str], mesh: Mesh | None) -> Array:
+    """Return the largest over the devices along these axes."""
+    names = _longer_than_one(names, mesh)
+    return jax.lax.pmax(x, names) if names else x
+
+
+def sum_gradients(gradients, specs, mesh: Mesh):
+    """Add up the gradients of the devices that hold the same part of a parameter.
+
+    Args:
+      specs: a tree as the gradients, of the partitions of their parameters.
+    """
+    def add(grad: Array, spec: PartitionSpec) -> Array:
+        split = [part if isinstance(part, tuple) else (part,) for part in spec]
+        return sum_over(grad, [name for name in MESH_AXES if name not in sum(split, ())], mesh)
+
+    return jax.tree.map(add, gradients, specs)
+
+
+def ragged_exchange(
+    rows: Float[Array, "r d"], size: int, at_sender: Int[Array, "n n"],
+    at_receiver: Int[Array, "n n"], counts: Int[Array, "n n"], axis: str,
+) -> Float[Array, "size d"]:
+    """Send stretches of rows to the devices along an axis; return what comes, 0 where nothing does.
+
+    Args:
+      size: rows that are returned.
+      at_sender, at_receiver: where the stretch from each device to each other begins.
+      counts: its rows. The arguments from `at_sender` on are the same on all these devices.
+    """
+    me = jax.lax.axis_index(axis)
+    if target_platform() == CPU:
+        return _exchange_by_gathering(
+            rows, size, at_sender[:, me], at_receiver[:, me], counts[:, me], axis
+        )
+    return jax.lax.ragged_all_to_all(
+        rows, jnp.zeros((size, *rows.shape[1:]), rows.dtype), at_sender[me], counts[me],
+        at_receiver[me], counts[:, me], axis_name=axis,
+    )
+
+
+def _exchange_by_gathering(rows, size: int, at_sender, at_receiver, counts, axis: str):
+    """Exchange rows where the compiler has no operation for it: take them out of everybody's."""
+    place = jnp.arange(size)[:, None]
+    comes = (place >= at_receiver) & (place < at_receiver + counts)
+    sender = jnp.argmax(comes, axis=1)
+    source = sender * rows.shape[0] + (at_sender - at_receiver)[sender] + place[:, 0]
+    source = jnp.where(jnp.any(comes, axis=1), source, rows.shape[0] * counts.size)
+    everything = jax.lax.all_gather(rows, axis, tiled=True)
+    return jnp.take(everything, source, axis=0, mode="fill", fill_value=0)
+
+
+def gather_over(x: Array, name: str, axis: int, mesh: Mesh | None) -> Array:
+    """Join the parts of an axis that lie on the devices along a mesh axis."""
+    if not _longer_than_one((name,), mesh):
+        return x
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+
+def _longer_than_one(names: Sequence[str], mesh: Mesh | None) -> tuple[str, ...]:
+    return () if mesh is None else tuple(name for name in names if mesh.shape[name] > 1)
