@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_jit
+from on_mesh import experts_on
 
-from dsv4_jax import experts as plain
 from dsv4_jax import quant, rounding
+from dsv4_jax.experts import ExpertWeights
 from dsv4_jax.router import Routing
 from dsv4_jax.sharding import make_mesh
 from pallas_kernels.moe import Fp4, cases, claims, formats, routed_experts, routed_experts_fp4
@@ -153,20 +154,19 @@ def test_gradients_keep_the_dtype_of_the_weights(kernel):
         assert close(actual, expected, BFLOAT16)
 
 
-def model(experts, x, weights, *matrices, implementation, **options):
+def model(experts, x, weights, *matrices, implementation, mesh=None, **options):
     """Compute rows of tokens as the model does."""
     held = jnp.where(experts < 0, matrices[0].shape[0], experts).reshape(ROWS, -1, EACH)
-    y = plain.routed_experts(
-        x.reshape(ROWS, -1, x.shape[1]), Routing(held, weights.reshape(held.shape)),
-        plain.ExpertWeights(*matrices),
-        **{"mesh": None} | options, limit=BESIDE, implementation="blocks", kernel=implementation,
+    y = experts_on(
+        mesh, x.reshape(ROWS, -1, x.shape[1]), Routing(held, weights.reshape(held.shape)),
+        ExpertWeights(*matrices), limit=BESIDE, moe="blocks", kernels=implementation, **options,
     )
     return y.reshape(x.shape)
 
 
 ROWS = 4
 BESIDE = LIMIT + 1 / 32  # no product of multiples of 1 / 4 is at this limit, where it has no slope
-ROUNDED = functools.partial(model, rounded=True)
+ROUNDED = functools.partial(model, linears="fp8")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

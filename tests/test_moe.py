@@ -204,10 +204,10 @@ def numpy_experts(x, experts, gates, weights: ExpertWeights) -> np.ndarray:
     return out
 
 
-def dense_experts(x, experts, gates, weights: ExpertWeights) -> jax.Array:
+def dense_experts(x, experts, gates, weights: ExpertWeights, limit: float = LIMIT) -> jax.Array:
     """Run every expert on every token: the same function, made for differentiation."""
-    gate = jnp.minimum(jnp.einsum("btd,edf->btef", x, weights.gate), LIMIT)
-    up = jnp.clip(jnp.einsum("btd,edf->btef", x, weights.up), -LIMIT, LIMIT)
+    gate = jnp.minimum(jnp.einsum("btd,edf->btef", x, weights.gate), limit)
+    up = jnp.clip(jnp.einsum("btd,edf->btef", x, weights.up), -limit, limit)
     out = jnp.einsum("btef,efd->bted", jax.nn.silu(gate) * up, weights.down)
     of_expert = jnp.sum(jax.nn.one_hot(experts, out.shape[2]) * gates[..., None], axis=2)
     return jnp.einsum("bte,bted->btd", of_expert, out)
@@ -220,7 +220,7 @@ def random_weights() -> ExpertWeights:
 
 def sparse_experts(x, experts, gates, weights, *, implementation: str) -> jax.Array:
     return routed_experts(
-        x, Routing(experts, gates), weights, limit=LIMIT, implementation=implementation, mesh=None
+        x, Routing(experts, gates), weights, limit=LIMIT, runtime=Runtime(moe=implementation)
     )
 
 

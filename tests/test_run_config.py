@@ -92,7 +92,7 @@ def test_json_round_trip():
     config = RunConfig.from_config_dict(SECTIONS)
     written = json.loads(json.dumps(config.to_dict()))
     assert written == config.to_dict()
-    assert not {"mesh", "csa", "index_learns"} & written["runtime"].keys()
+    assert not {"mesh", "layout", "csa", "index_learns"} & written["runtime"].keys()
     assert RunConfig.from_config_dict(written) == config
 
 
@@ -103,7 +103,7 @@ def test_json_round_trip():
         ("optimizer.learning_rat", 1e-3, ("unknown", "did you mean optimizer.learning_rate?")),
         ("optimiser", {}, ("unknown", "did you mean optimizer?")),
         ("zzz", {}, ("unknown", "known: model, runtime, data")),
-        ("mesh.qqq", 1, ("unknown", "known: data, fsdp, expert, tensor")),
+        ("mesh.qqq", 1, ("unknown", "known: data, fsdp, expert, tensor, layout")),
         ("runtime.mesh", None, ("unknown", "known: dtype, remat")),
         # Ill-typed values
         ("data", 3, ("expected a section of keys, got 3",)),
