@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.shapes import Array, Float, Int
+from pallas_kernels.moe.plan import ranks
 
 
 class Plan(NamedTuple):
@@ -21,14 +22,16 @@ class Plan(NamedTuple):
 
 
 def plan_groups(experts: Int[Array, "t a"], count: int) -> tuple[Plan, Int[Array, " e"]]:
-    """Sort token slots by expert; return the plan and the rows of each expert."""
-    flat = experts.reshape(-1)
-    source = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(source).at[source].set(jnp.arange(flat.size))
-    here = flat < count
-    sizes = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")
-    place = jnp.where(here, place, flat.size)
-    return Plan(jnp.where(here[source], source, flat.size), place.reshape(experts.shape)), sizes
+    """Order token slots by expert; return the plan and the rows of each expert.
+
+    An id of `count` stands for none.
+    """
+    flat, slots = experts.reshape(-1), experts.size
+    rank, sizes = ranks(flat, count)
+    first = jnp.cumsum(sizes) - sizes
+    place = jnp.where(flat < count, first[jnp.minimum(flat, count - 1)] + rank, slots)
+    source = jnp.full(slots, slots).at[place].set(jnp.arange(slots), mode="drop")
+    return Plan(source, place.reshape(experts.shape)), sizes
 
 
 # Moving token rows to expert rows and adding expert rows into token rows are each other's

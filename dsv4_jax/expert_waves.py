@@ -138,14 +138,16 @@ def _further_rounds(
     needed = -(-max_over(received, MESH_AXES, mesh) // capacity)
 
     @jax.checkpoint
+    def turn(sent: Wave, wave: Array, number: Array) -> Float[Array, "t d"]:
+        one = jax.tree.map(lambda leaf: leaf[wave], sent)
+        nothing = jnp.zeros(one.x.shape, jnp.float32)
+        return jax.lax.cond(number < needed[wave], lambda: run(one, number), lambda: nothing)
+
+    @jax.checkpoint
     def rest(y, sent: Wave):
-        def add(y, turn):
-            wave, number = turn // (rounds - 1), turn % (rounds - 1) + 1
-
-            def take(y):
-                return y.at[wave].add(run(jax.tree.map(lambda leaf: leaf[wave], sent), number))
-
-            return jax.lax.cond(number < needed[wave], take, lambda y: y, y), None
+        def add(y, step):
+            wave, number = step // (rounds - 1), step % (rounds - 1) + 1
+            return y.at[wave].add(turn(sent, wave, number)), None
 
         return jax.lax.scan(add, y, jnp.arange(y.shape[0] * (rounds - 1)))[0]
 
