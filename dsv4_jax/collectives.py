@@ -57,17 +57,24 @@ def max_over(x: Array, names: Sequence[str], mesh: Mesh | None) -> Array:
     return jax.lax.pmax(x, names) if names else x
 
 
-def sum_gradients(gradients, specs, mesh: Mesh):
-    """Add up the gradients of the devices that hold the same part of a parameter.
+def sum_gradient(
+    grad: Array, spec: PartitionSpec, split: Sequence[AxisSplit], mesh: Mesh
+) -> Array:
+    """Add up a gradient over the devices that hold the same part of a parameter.
 
     Args:
-      specs: a tree as the gradients, of the partitions of their parameters.
+      spec: of the parameter, and so of `grad`.
+      split: of what is returned, which may be split further.
     """
-    def add(grad: Array, spec: PartitionSpec) -> Array:
-        split = [part if isinstance(part, tuple) else (part,) for part in spec]
-        return sum_over(grad, [name for name in MESH_AXES if name not in sum(split, ())], mesh)
-
-    return jax.tree.map(add, gradients, specs)
+    done: tuple[str, ...] = ()
+    parts = (*spec, *(None,) * (grad.ndim - len(spec)))
+    for axis, (part, wanted) in enumerate(zip(parts, split, strict=True)):
+        held = part if isinstance(part, tuple) else (part,) if part else ()
+        further = wanted.names[len(held) :]
+        if further:
+            grad = jax.lax.psum_scatter(grad, further, scatter_dimension=axis, tiled=True)
+        done += (*held, *further)
+    return sum_over(grad, [name for name in MESH_AXES if name not in done], mesh)
 
 
 def ragged_exchange(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
+from dsv4_jax.muon_shards import directions
+from dsv4_jax.newton_schulz import as_matrices, orthogonalize
 from dsv4_jax.params import BATCH, IN, OUT
-from dsv4_jax.shapes import Array, Float
+from dsv4_jax.shapes import Array
 from pallas_kernels.implementation import XLA
-from pallas_kernels.newton_schulz import symmetric_product
 
 if TYPE_CHECKING:
     from dsv4_jax.run_config import OptimizerConfig
@@ -27,13 +29,9 @@ MODEL, INDEXERS = LEARNERS = ("model", "indexers")  # each learns from a loss of
 # Matrices that AdamW updates all the same: lookups and the map to logits.
 ADAMW_MATRICES = frozenset({"embedding", "head"})
 
-# (a, b, c) of the ten Newton-Schulz steps and their number: eight widen, two settle at 1.
-HYBRID_STEPS = (((3.4445, -4.7750, 2.0315), 8), ((2.0, -1.5, 0.5), 2))
-
-
 def make_optimizer(
     config: OptimizerConfig, kinds: dict, learners: Collection[str] = LEARNERS,
-    implementation: str = XLA,
+    implementation: str = XLA, placed: Placed | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Build the whole optimizer: clip by the global norm, then Muon and AdamW.
 
@@ -47,20 +45,18 @@ def make_optimizer(
       learners: which of "model" and "indexers" learn. The leaves of others and their moments stay
         as they are; the state has the same form for any choice.
       implementation: of the products in Newton-Schulz iterations.
+      placed: where the moments lie; None: on one device.
     """
     labels = label_leaves(kinds, config)
     transforms = {}
     for learner, rule in itertools.product(LEARNERS, RULES):
         name = f"{learner} {rule}"
         if rule == MUON:
-            own_kinds = jax.tree.map(
-                lambda label, leaf_kinds, name=name:
-                    leaf_kinds if label == name else optax.MaskedNode(),
-                labels, kinds,
-            )
+            own = partial(_leaves_labelled, name, labels)
+            where = placed and placed._replace(splits=own(placed.splits))
             direction = scale_by_muon(
-                own_kinds, momentum=config.muon_momentum, rms=config.muon_rms,
-                dtype=config.muon_dtype, implementation=implementation,
+                own(kinds), momentum=config.muon_momentum, rms=config.muon_rms,
+                dtype=config.muon_dtype, implementation=implementation, placed=where,
             )
         else:
             direction = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
@@ -75,6 +71,13 @@ def make_optimizer(
         for learner in LEARNERS
     )
     return optax.chain(*clips, optax.partition(transforms, labels))
+
+
+def _leaves_labelled(name: str, labels: dict, tree: dict) -> dict:
+    """Return a tree with what it has for the leaves of one label, as `optax.partition` does."""
+    return jax.tree.map(
+        lambda label, leaf: leaf if label == name else optax.MaskedNode(), labels, tree
+    )
 
 
 def learner_of(path: tuple[str, ...]) -> str:
@@ -170,14 +173,22 @@ def muon(
     )
 
 
+class Placed(NamedTuple):
+    """How the moments of parameters lie on a mesh."""
+
+    mesh: Mesh
+    splits: dict  # a tree as the parameters; leaves are tuples of `AxisSplit`s
+
+
 class MuonState(NamedTuple):
-    """The momentum M: float32, shaped (and so to be sharded) as the parameters."""
+    """The momentum M: float32, shaped as the parameters."""
 
     momentum: optax.Updates
 
 
 def scale_by_muon(
-    kinds: dict, *, momentum: float, rms: float, dtype: str, implementation: str = XLA
+    kinds: dict, *, momentum: float, rms: float, dtype: str, implementation: str = XLA,
+    placed: Placed | None = None,
 ) -> optax.GradientTransformation:
     """Replace gradients G by O, orthogonalised momentum whose elements have a given RMS.
 
@@ -190,6 +201,7 @@ def scale_by_muon(
       kinds: a tree as the parameters; leaves are tuples with the kind of each axis.
       dtype: of the factors in Newton-Schulz products, "float32" or "bfloat16".
       implementation: of the symmetric ones of these products.
+      placed: where the momentum lies; None: on one device.
     Raises:
       ValueError: by `update`, if a leaf's axes are not batch, then in, then out axes.
     """
@@ -204,27 +216,23 @@ def scale_by_muon(
         def accumulate(m, g):
             return momentum * m + g
 
-        def scaled(leaf, leaf_kinds):
-            matrices = as_matrices(leaf, leaf_kinds)
+        def direction(matrices):
             scale = rms * math.sqrt(max(matrices.shape[-2:]))
-            direction = orthogonalize(matrices, dtype=dtype, implementation=implementation)
-            return (scale * direction).reshape(leaf.shape)
+            return scale * orthogonalize(matrices, dtype=dtype, implementation=implementation)
 
         moments = jax.tree.map(accumulate, state.momentum, gradients)
         lookahead = jax.tree.map(accumulate, moments, gradients)
-        return jax.tree.map(scaled, lookahead, kinds), MuonState(moments)
+        leaves, structure = jax.tree.flatten(lookahead)
+        own_kinds = structure.flatten_up_to(kinds)
+        if placed is None:
+            found = [direction(as_matrices(leaf, own)).reshape(leaf.shape)
+                     for leaf, own in zip(leaves, own_kinds, strict=True)]
+        else:
+            splits = structure.flatten_up_to(placed.splits)
+            found = directions(leaves, own_kinds, splits, placed.mesh, direction)
+        return jax.tree.unflatten(structure, found), MuonState(moments)
 
     return optax.GradientTransformation(init, update)
-
-
-def as_matrices(weight: Array, kinds: tuple[str, ...]) -> Float[Array, "*stack rows columns"]:
-    """Merge a weight's "in" axes to rows and its "out" axes to columns.
-
-    The "batch" axes stay as they are: merging them would gather stacks sharded over one.
-    """
-    first_in, first_out = kinds.index(IN), kinds.index(OUT)
-    rows, columns = weight.shape[first_in:first_out], weight.shape[first_out:]
-    return weight.reshape(*weight.shape[:first_in], math.prod(rows), math.prod(columns))
 
 
 def _check_kinds(path, weight: Array, kinds: tuple[str, ...]) -> None:
@@ -236,46 +244,3 @@ def _check_kinds(path, weight: Array, kinds: tuple[str, ...]) -> None:
             f"this order, got {kinds} for {jax.tree_util.keystr(path)} of shape {weight.shape}; "
             f"declare it so or leave it to AdamW"
         )
-
-
-def orthogonalize(
-    x: Float[Array, "*stack rows columns"], *, dtype: str, implementation: str = XLA
-) -> Float[Array, "*stack rows columns"]:
-    """Bring all singular values of each matrix near 1 by the hybrid Newton-Schulz iteration.
-
-    X <- X / |X|;  ten times: X <- a X + (b A + c A A) X with A = X X^T
-
-    Singular values of at least 3e-5 of the norm |X| end within 1 % of 1. A zero matrix stays 0.
-
-    Source: report section 2.4, hybrid Newton-Schulz iterations.
-    """
-    # Matrices on the last batch axis (experts, often sharded) run as one batched product, so that
-    # each device works on its own ones without communication. Axes before it (stacked layers,
-    # never sharded) are looped over: the temporaries are then those of one layer, not of the
-    # whole depth. The time is the same: 3 weights of [2, 16, 128, 128] took 126 ms on 2 CPU
-    # cores, 128 ms as one batch and 120 ms matrix by matrix.
-    again = functools.partial(orthogonalize, dtype=dtype, implementation=implementation)
-    if x.ndim > 3:
-        return jax.lax.map(again, x)
-    if x.ndim == 2:
-        return again(x[None])[0]
-    if x.shape[-2] > x.shape[-1]:  # A is taken on the smaller side
-        return again(x.mT).mT
-
-    # The precision is the device's default. With float32 factors rounded to TF32 the result
-    # moves by 0.15 %, in bfloat16 by 1.2 % (singular values 0.993 to 1.007): each step corrects
-    # the rounding of the steps before, so that the 3 to 6 passes of HIGHEST buy nothing.
-    product = functools.partial(symmetric_product, implementation=implementation)
-
-    def step(x, coefficients):
-        a, b, c = coefficients
-        factor = x.astype(dtype)
-        gram = product(factor)
-        polynomial = product(gram, gram, scale=c, add_scale=b)
-        return a * x + jnp.matmul(polynomial, factor, preferred_element_type=jnp.float32)
-
-    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(norm > 0, norm, 1.0)
-    for coefficients, times in HYBRID_STEPS:
-        x = jax.lax.fori_loop(0, times, lambda _, x, c=coefficients: step(x, c), x)
-    return x

@@ -25,6 +25,7 @@ from dsv4_jax.sharding import (
     parts_of,
     spec_of,
     split_of,
+    spread,
 )
 
 BATCH, IN, OUT, NONE = "batch", "in", "out", "none"
@@ -119,6 +120,18 @@ def param(
 def weight_split(weight: Weight, mesh: Mesh, layout: str = POD) -> tuple[AxisSplit, ...]:
     """Return how each axis of a weight is split."""
     return split_of(weight.axes, weight.value.shape, mesh, layout, matrix=IN in weight.kinds)
+
+
+def moment_split(weight: Weight, mesh: Mesh, layout: str = POD) -> tuple[AxisSplit, ...]:
+    """Return how an optimizer's moments of a weight are split.
+
+    Those of matrices over all devices: by whole ones as far as that goes, then wherever it does.
+    """
+    split = weight_split(weight, mesh, layout)
+    if IN not in weight.kinds:
+        return split
+    whole_first = sorted(range(len(split)), key=lambda axis: weight.kinds[axis] != BATCH)
+    return spread(split, weight.value.shape, whole_first, mesh)
 
 
 def shardings_of(boxed_params, mesh: Mesh, layout: str = POD):

@@ -81,7 +81,19 @@ def split_of(
         return tuple(split)
     shared_by = LAYOUTS[layout]["experts" if "experts" in axes else "dense"]
     places = [axes.index(axis) for axis in SHARED if axis in axes]
-    for name in shared_by:
+    return spread(split, shape, places, mesh, shared_by)
+
+
+def spread(
+    split: Sequence[AxisSplit], shape: Sequence[int], places: Sequence[int], mesh: Mesh,
+    names: Sequence[str] = MESH_AXES,
+) -> tuple[AxisSplit, ...]:
+    """Split an array further, over those of these mesh axes that do not split it yet.
+
+    Each takes the first of the places, which are axes of the array, that it divides.
+    """
+    split = list(split)
+    for name in names:
         if mesh.shape[name] == 1 or any(name in part.names for part in split):
             continue
         for place in places:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsv4_jax.attention.layout import document_offsets
 from dsv4_jax.attention.lesson import Lesson
-from dsv4_jax.collectives import max_over, sum_gradients, sum_over
+from dsv4_jax.collectives import max_over, sum_gradient, sum_over
 from dsv4_jax.config import CSA
 from dsv4_jax.flops import count_flops
 from dsv4_jax.loss import shifted_targets, token_nats
@@ -25,18 +25,26 @@ from dsv4_jax.optimizer import (
     INDEXERS,
     LEARNERS,
     MODEL,
+    Placed,
     decay_start,
     learner_of,
     learning_rate_schedule,
     make_optimizer,
 )
-from dsv4_jax.params import kinds_of, merge, shardings_of, split_trainable
+from dsv4_jax.params import (
+    Weight,
+    kinds_of,
+    merge,
+    moment_split,
+    shardings_of,
+    split_trainable,
+)
 from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.router import updated_bias
 from dsv4_jax.run_config import DENSE, INDEXER, SPARSE, RunConfig, StageConfig
 from dsv4_jax.schedule import by_layer
 from dsv4_jax.shapes import Array, Float, Int
-from dsv4_jax.sharding import BATCH_AXES, parts_of, replicated
+from dsv4_jax.sharding import BATCH_AXES, parts_of, replicated, spec_of
 from pallas_kernels.implementation import XLA, implementation_of
 
 # "tokens", if packed "segment_ids" and "positions", and of chats "loss_mask": int32 [b, t];
@@ -132,20 +140,41 @@ def abstract_inputs(stage: StageConfig) -> Batch:
 
 
 def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
-    """Return the placement of a state: the optimizer's moments lie as their parameters do."""
+    """Return the placement of a state: the optimizer's moments are split further than parameters.
+
+    Source: report 3.5.1 (ZeRO).
+    """
     if mesh is None:
         return None
     shapes = _state_shapes(config)
     params = shardings_of(param_shapes(config.model), mesh, config.mesh.layout)
+    moments = jax.tree.map(
+        lambda split: NamedSharding(mesh, spec_of(split)), _moment_splits(config, mesh),
+        is_leaf=_is_split,
+    )
     opt_state = optax.tree_map_params(
         _optimizer_of(config),
         lambda moment, sharding: moment if _is_masked(moment) else sharding,
-        shapes.opt_state, split_trainable(params)[0],
+        shapes.opt_state, moments,
         transform_non_params=lambda _: replicated(mesh),
         is_leaf=_is_masked,  # the place of a parameter that another optimizer updates
     )
     counter = replicated(mesh)
     return TrainState(counter, Skips(counter, counter), params, opt_state)
+
+
+def _moment_splits(config: RunConfig, mesh: Mesh) -> dict:
+    """Return how the moments of all leaves that can learn are split, and their gradients with them.
+    """
+    trainable = split_trainable(param_shapes(config.model))[0]
+    return jax.tree.map(
+        lambda weight: moment_split(weight, mesh, config.mesh.layout), trainable,
+        is_leaf=lambda leaf: isinstance(leaf, Weight),
+    )
+
+
+def _is_split(leaf) -> bool:
+    return isinstance(leaf, tuple)
 
 
 def _is_masked(leaf) -> bool:
@@ -263,16 +292,18 @@ def make_gradient(
     placed = jax.tree.map(lambda sharding: sharding.spec, state_shardings(config, mesh).params)
     trainable, fixed = split_trainable(placed)
     learning, resting = _split_learning(trainable, learners)
+    splits = _split_learning(_moment_splits(config, mesh), learners)[0]
 
     def on_device(parts: dict, others: dict, batch: Batch, weights: Array):
         # Devices along "tensor" work on the same rows: their objectives add up to one.
         gradients, sums = gradient(parts, others, batch, weights / mesh.shape["tensor"])
-        return sum_gradients(gradients, learning, mesh), _sum_up(sums, mesh)
+        gradients = jax.tree.map(partial(sum_gradient, mesh=mesh), gradients, learning, splits)
+        return gradients, _sum_up(sums, mesh)
 
-    rows = PartitionSpec(BATCH_AXES)
+    rows, summed = PartitionSpec(BATCH_AXES), jax.tree.map(spec_of, splits, is_leaf=_is_split)
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(learning, merge(resting, fixed), rows, PartitionSpec()),
-        out_specs=(learning, PartitionSpec()), check_vma=False,
+        out_specs=(summed, PartitionSpec()), check_vma=False,
     )
 
 
@@ -398,11 +429,9 @@ def _optimizer_of(
     config: RunConfig, learners: Collection[str] = LEARNERS, mesh: Mesh | None = None
 ) -> optax.GradientTransformationExtraArgs:
     kinds = split_trainable(kinds_of(param_shapes(config.model)))[0]
-    # A kernel would gather what is sharded.
-    choices = config.runtime.kernels if mesh is None else XLA
-    return make_optimizer(
-        config.optimizer, kinds, learners, implementation_of("newton_schulz", choices)
-    )
+    placed = None if mesh is None else Placed(mesh, _moment_splits(config, mesh))
+    implementation = implementation_of("newton_schulz", config.runtime.kernels)
+    return make_optimizer(config.optimizer, kinds, learners, implementation, placed)
 
 
 def as_counted(config: RunConfig) -> RunConfig:
@@ -416,7 +445,7 @@ def optimizer_flops(config: RunConfig, stage: StageConfig) -> int:
     config = as_counted(config)
     shapes = _state_shapes(config)
     trainable = split_trainable(shapes.params)[0]
-    update = functools.partial(_optimizer_of(config, learners_of(stage)).update, learning_rate=1.0)
+    update = partial(_optimizer_of(config, learners_of(stage)).update, learning_rate=1.0)
     return count_flops(update, trainable, shapes.opt_state, trainable).matmul
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.optimizer import orthogonalize
+from dsv4_jax.newton_schulz import orthogonalize
 from pallas_kernels.newton_schulz import claims, symmetric_product, tpu
 from pallas_kernels.newton_schulz.index import Triangle
 

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv4_jax import optimizer
+from dsv4_jax import newton_schulz, optimizer
 from dsv4_jax.params import parse_axes
 
 ROUNDING = 1e-5  # float32 sums in another order, relative
@@ -44,7 +44,7 @@ def normal(seed, *shape):
 
 
 def orthogonalize(x, dtype="float32"):
-    return np.asarray(jax.jit(optimizer.orthogonalize, static_argnames="dtype")(x, dtype=dtype))
+    return np.asarray(jax.jit(newton_schulz.orthogonalize, static_argnames="dtype")(x, dtype=dtype))
 
 
 def close(actual, expected, tolerance):

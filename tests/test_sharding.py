@@ -18,6 +18,7 @@ from dsv4_jax.params import (
     IN,
     OUT,
     kinds_of,
+    moment_split,
     parse_axes,
     path_name,
     shardings_of,
@@ -172,24 +173,24 @@ def assert_close(found: dict[str, jax.Array], expected: dict[str, jax.Array]) ->
     assert max(ratios.values()) < TOLERANCE, sorted(ratios.items(), key=lambda x: -x[1])[:5]
 
 
-def assert_parted(tree, boxed, mesh, layout=POD) -> int:
+def assert_parted(tree, boxed, mesh, split=weight_split, layout=POD) -> int:
     """Check every leaf against the table, by the shapes of its parts; return how many are split.
 
     Args:
       boxed: the tree of `Weight`s that tell the axes of the leaves.
     """
-    split = 0
+    count = 0
     weights = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
     for leaf, weight in zip(jax.tree.leaves(tree), weights, strict=True):
         part = tuple(
-            size // parts_of(split.names, mesh)
-            for size, split in zip(leaf.shape, weight_split(weight, mesh, layout), strict=True)
+            size // parts_of(part.names, mesh)
+            for size, part in zip(leaf.shape, split(weight, mesh, layout), strict=True)
         )
         shapes = {shard.data.shape for shard in leaf.addressable_shards}
         assert shapes == {part}, (weight.axes, leaf.shape, shapes, part)
         assert len(leaf.addressable_shards) == mesh.size
-        split += part != leaf.shape
-    return split
+        count += part != leaf.shape
+    return count
 
 
 @pytest.mark.parametrize(("name", "sizes", "elements"), CASES)
@@ -211,7 +212,7 @@ def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, monkeypatch):
         moments = moments_of(state, kind)
         names = by_name(split_trainable(state.params)[0])
         assert moments.keys() == names.keys()
-        assert_parted([moments[name] for name in names], trainable, mesh)
+        assert_parted([moments[name] for name in names], trainable, mesh, moment_split)
 
 
 def test_a_state_is_born_sharded_and_equal():
