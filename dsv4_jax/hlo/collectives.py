@@ -38,7 +38,7 @@ class Collective(NamedTuple):
     kind: str  # a key of SENT
     name: str  # of the instruction that begins it
     computation: str  # where that is
-    op_name: str  # the path of `jax.named_scope`s that it comes from; some have lost theirs
+    op_name: str  # the path of `jax.named_scope`s that it comes from; some have a neighbour's
     done: str | None  # the instruction that waits for it; None if the first does
     times: float  # that it runs when the program does
     group: int  # devices that exchange data with each other
@@ -214,12 +214,11 @@ def _collective(
         size = sum(sizes)
     group, slices = _group(program, found, per_slice)
     sent = SENT[found.kind](group, size)
-    around = (found.collective, found.start, *([found.done] if found.done else []))
     return Collective(
         kind=found.kind,
         name=found.start.name,
         computation=computation.name,
-        op_name=next((x.op_name for x in around if x.op_name), ""),
+        op_name=_op_name(computation, found),
         done=found.done.name if found.done else None,
         times=times,
         group=group,
@@ -227,6 +226,14 @@ def _collective(
         sent=sent,
         slow=sent * _slow_share(found.kind, group, slices),
     )
+
+
+def _op_name(computation: Computation, found: _Found) -> str:
+    """Return where a collective comes from; if it has lost that, where what reads it comes from."""
+    end = found.done or found.start
+    readers = computation.users[end.name]
+    named = (found.collective, found.start, end, *readers, *computation.operands(found.start))
+    return next((x.op_name for x in named if x.op_name), "")
 
 
 def _group(program: Program, found: _Found, per_slice: int) -> tuple[int, int]:

@@ -24,6 +24,26 @@ class Overlap(NamedTuple):
         return self.hidden / self.seconds if self.seconds else 1.0
 
 
+class Timed(NamedTuple):
+    """A collective with what it takes in one run of the program."""
+
+    collective: Collective
+    seconds: float
+    hidden: float  # of these, those in which the device computes, too
+
+
+def timed_collectives(program: Program, chip: Chip, devices_per_slice: int) -> list[Timed]:
+    """Return how long each collective takes, and how much of that is hidden.
+
+    A collective takes the bytes that a device sends over the speed of the network. It can hide
+    behind what the schedule has between its beginning and its end, loops included, each instruction
+    with the time of a roofline. Of several collectives at once each second of computation hides one
+    second of one of them: of that which is waited for first. What computation hides in a loop it
+    does not hide around the loop. A synchronous collective hides nothing.
+    """
+    return _Schedule(program, chip, collectives(program, devices_per_slice)).results()
+
+
 def overlap(
     program: Program,
     chip: Chip,
@@ -33,18 +53,11 @@ def overlap(
 ) -> dict[str, Overlap]:
     """Return for each kind of collective how long it takes, and how much of that is hidden.
 
-    A collective takes the bytes that a device sends over the speed of the network. It can hide
-    behind what the schedule has between its beginning and its end, loops included, each taking the
-    time of a roofline. Of several at once each second of computation hides one second of one of
-    them: of that which is waited for first. What computation hides in a loop, it does not hide
-    around the loop. A synchronous collective hides nothing.
-
     Args:
       chosen: says which collectives to report; the others hide behind the computation all the same.
     """
-    schedule = _Schedule(program, chip, devices_per_slice)
     totals: dict[str, Overlap] = {}
-    for collective, seconds, hidden in schedule.results():
+    for collective, seconds, hidden in timed_collectives(program, chip, devices_per_slice):
         if chosen(collective):
             before = totals.get(collective.kind, Overlap(0.0, 0.0))
             totals[collective.kind] = Overlap(before.seconds + seconds, before.hidden + hidden)
@@ -59,7 +72,7 @@ def total(overlaps: Iterable[Overlap]) -> Overlap:
 
 def compute_seconds(program: Program, chip: Chip) -> float:
     """Return how long a program computes at least, by a roofline of each instruction."""
-    return _Schedule(program, chip, program.devices).compute(program.computations[program.entry])
+    return _Schedule(program, chip, []).compute(program.computations[program.entry])
 
 
 def network_seconds(collective: Collective, chip: Chip) -> float:
@@ -71,20 +84,20 @@ def network_seconds(collective: Collective, chip: Chip) -> float:
 class _Schedule:
     """A program run instruction by instruction, in the order of its text."""
 
-    def __init__(self, program: Program, chip: Chip, devices_per_slice: int):
+    def __init__(self, program: Program, chip: Chip, found: Iterable[Collective]):
         self._program, self._chip, self._costs = program, chip, Costs(program, chip)
         self._found: dict[str, list[Collective]] = {}
-        for collective in collectives(program, devices_per_slice):
+        for collective in found:
             self._found.setdefault(collective.computation, []).append(collective)
         self._compute: dict[str, float] = {}
         self._hidden: dict[tuple[str, str], float] = {}  # by computation and collective
 
-    def results(self) -> list[tuple[Collective, float, float]]:
-        """Return the collectives with their seconds, and those of them that are hidden."""
+    def results(self) -> list[Timed]:
+        """Return what the collectives take and hide."""
         for computation in scheduled(self._program, runs(self._program)):
             self._hide(computation)
         return [
-            (
+            Timed(
                 collective,
                 network_seconds(collective, self._chip) * collective.times,
                 self._hidden.get((name, collective.name), 0.0) * collective.times,
