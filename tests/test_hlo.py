@@ -118,6 +118,7 @@ def test_what_is_no_compiled_program_is_refused(text):
     ("replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}",
      [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("replica_groups=mesh['x'=8] {'x':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ("replica_groups=mesh['x'=8] {'x':(1)2}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
     ("source_target_pairs={{0,1},{1,2}}", [[0, 1], [1, 2]]),
     ("replica_groups={{0,1,2},{3}}", [[0, 1, 2], [3, 3, 3]]),
 ])
@@ -153,6 +154,8 @@ def test_loops_in_loops_multiply():
     (0, 8, "NE", "add(%i, %by)", 4),
     (0, 8, "LT", "fusion(%i), kind=kLoop, calls=%twice", 2),
     (9, 8, "LT", "add(%i, %by)", 0),
+    (20, 8, "LT", "add(%i, %by)", 0),
+    (8, 0, "GT", "subtract(%by, %i)", None),
     (0, 8, "EQ", "add(%i, %by)", None),
     (0, 8, "LT", "multiply(%i, %by)", None),
 ])
@@ -188,7 +191,32 @@ def test_trip_counts(initial, bound, direction, step, trips):
         %w = (s32[], s32[]) while(%initial), condition=%cond, body=%body
     """, others)
     assert unknown_loops(found) == ([] if trips is not None else ["w"])
-    assert runs(found)["body"] == (trips or 1)
+    assert runs(found)["body"] == (1 if trips is None else trips)
+
+
+def test_a_bound_that_moves_is_none():
+    others = computation("cond", """
+        %p = (s32[], s32[]) parameter(0)
+        %i = s32[] get-tuple-element(%p), index=0
+        %n = s32[] get-tuple-element(%p), index=1
+        ROOT %less = pred[] compare(%i, %n), direction=LT
+    """) + computation("body", """
+        %p = (s32[], s32[]) parameter(0)
+        %i = s32[] get-tuple-element(%p), index=0
+        %n = s32[] get-tuple-element(%p), index=1
+        %one = s32[] constant(1)
+        %two = s32[] constant(2)
+        %next = s32[] add(%i, %two)
+        %moved = s32[] add(%n, %one)
+        ROOT %out = (s32[], s32[]) tuple(%next, %moved)
+    """)
+    found = program("""
+        %a = s32[] constant(0)
+        %b = s32[] constant(8)
+        %initial = (s32[], s32[]) tuple(%a, %b)
+        %w = (s32[], s32[]) while(%initial), condition=%cond, body=%body
+    """, others)
+    assert unknown_loops(found) == ["w"]
 
 
 # Of 400 bytes in groups of 4, and of 8.
@@ -296,6 +324,33 @@ def test_every_form_counts_once(form):
     (collective,) = collectives(program(f"%p = f32[100] parameter(0)\n{lines}", others), 8)
     assert collective[:2] == ("all-gather", "a") and collective.done == done
     assert collective.sent == 7 * 400 and collective.computation == "main"
+
+
+def test_two_chains_of_fusions_at_once_end_where_each_does():
+    others, lines, _ = FORMS["in a chain of fusions"]
+    again = others.replace('"3"', '"4"')
+    for name in ("first", "middle", "last"):
+        again = again.replace(f"%{name} ", f"%{name}.2 ")
+    second = lines.replace("%a =", "%c =").replace("%m =", "%n =").replace("%b =", "%d =")
+    for name in ("first", "middle", "last"):
+        second = second.replace(f"=%{name}", f"=%{name}.2")
+    begin, middle, end = lines.strip().split("\n")
+    text = "\n".join(["%p = f32[100] parameter(0)", begin, second, middle, end])
+    found = program(text, others + again)
+    assert {x.name: x.done for x in collectives(found, 8)} == {"a": "b", "c": "d"}
+
+
+def test_a_collective_without_a_name_has_that_of_what_reads_it():
+    named = 'metadata={op_name="jit(f)/experts/gather"}'
+    for reader, operand, name in ((named, "", "jit(f)/experts/gather"),
+                                  ("", named, "jit(f)/experts/gather"), ("", "", "")):
+        (collective,) = collectives(program(f"""
+            %p = f32[100] parameter(0), {operand}
+            %a = (f32[100], f32[800]) all-gather-start(%p), {ALL}
+            %b = f32[800] all-gather-done(%a)
+            %c = f32[800] negate(%b), {reader}
+        """), 8)
+        assert collective.op_name == name
 
 
 def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter():
@@ -436,12 +491,25 @@ def test_memory_of_the_chip_costs_no_traffic():
 @pytest.mark.parametrize("line, traffic", [
     ("dynamic-slice(%a, %i), dynamic_slice_sizes={10}", 2 * 40),
     ("gather(%a, %i)", 2 * 40),
+    ("scatter(%a, %i, %b), to_apply=%add", 2 * 80),
     ("reduce(%a, %i), to_apply=%add", 400 + 4 + 40),
     ('custom-call(%a), custom_call_target="kernel"', 400 + 40),
 ])
 def test_traffic(line, traffic):
-    start = "%a = f32[100] parameter(0)\n%i = s32[] parameter(1)\n"
+    start = "%a = f32[100] parameter(0)\n%i = s32[] parameter(1)\n%b = f32[20] parameter(2)\n"
     assert cost(f"{start}%x = f32[10] {line}") == (0, traffic)
+
+
+def test_copies_between_memory_and_chip_cost_one_way():
+    on, off = "f32[100]{0:T(128)S(1)}", "f32[100]{0:T(128)}"
+    for source, target, traffic in ((off, on, 400), (on, off, 400), (off, off, 800)):
+        line = f"""
+            %a = {source} parameter(0)
+            %x = ({target}, {source}, u32[]{{:S(2)}}) copy-start(%a)
+            %b = {target} copy-done(%x)
+        """
+        assert cost(line) == (0, traffic)
+        assert compute_seconds(program(line), TPU) == pytest.approx(traffic / 1e6)
 
 
 def test_an_update_in_place_costs_what_is_new():
@@ -501,6 +569,8 @@ def test_what_is_computed_meanwhile_hides():
 
 def test_no_more_is_hidden_than_there_is():
     assert hidden([sends("a", 3), work("x", 5), ends("a")]) == {"a": pytest.approx(3)}
+    lines = [sends("a", 3), work("x", 2), work("y", 2), ends("a")]
+    assert hidden(lines) == {"a": pytest.approx(3)}
 
 
 def test_a_slow_network_takes_longer():

@@ -30,9 +30,9 @@ def runs(program: Program) -> dict[str, float]:
 def _calls(program: Program, computation: Computation) -> Iterator[tuple[str, int]]:
     for instruction in computation.instructions:
         is_loop = instruction.opcode == "while"
-        trips = (trip_count(program, computation, instruction) or 1) if is_loop else 1
+        times = assumed_trips(program, computation, instruction) if is_loop else 1
         for name in instruction.called.values():
-            yield name, trips
+            yield name, times
 
 
 def unknown_loops(program: Program) -> list[str]:
@@ -44,6 +44,12 @@ def unknown_loops(program: Program) -> list[str]:
         if instruction.opcode == "while"
         and trip_count(program, computation, instruction) is None
     ]
+
+
+def assumed_trips(program: Program, computation: Computation, loop: Instruction) -> int:
+    """Return how often the body of a `while` runs; once, if that cannot be told."""
+    trips = trip_count(program, computation, loop)
+    return 1 if trips is None else trips
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:

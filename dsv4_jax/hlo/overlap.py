@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dsv4_jax.devices import Chip
 from dsv4_jax.hlo.collectives import Collective, collectives, scheduled
 from dsv4_jax.hlo.cost import Costs
-from dsv4_jax.hlo.loops import runs, trip_count
+from dsv4_jax.hlo.loops import assumed_trips, runs
 from dsv4_jax.hlo.text import Computation, Instruction, Program
 
 
@@ -122,7 +122,7 @@ class _Schedule:
         Of a conditional they are those of its longest branch.
         """
         if x.opcode == "while":
-            trips = trip_count(self._program, computation, x) or 1
+            trips = assumed_trips(self._program, computation, x)
             return trips * sum(map(inside, self._program.called_by(x)))
         if x.opcode == "conditional":
             return max(map(inside, self._program.called_by(x)))
