@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import described
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,7 +22,7 @@ from dsv4_jax.hlo.collectives import collectives
 from dsv4_jax.hlo.loops import unknown_loops
 from dsv4_jax.hlo.overlap import compute_seconds, overlap
 from dsv4_jax.hlo.text import Program, parse_program
-from dsv4_jax.topology import describe, parse_topology
+from pallas_kernels import aot
 
 pytestmark = pytest.mark.aot
 
@@ -46,10 +47,17 @@ ALL_TO_ALL = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_dumps():
+    """Remove what the TPU compiler leaves behind of programs: hundreds of megabytes."""
+    yield
+    for path in aot._tpu_dumps().iterdir():
+        path.unlink()
+
+
 @functools.cache
 def mesh_of(target: str) -> Mesh:
-    devices = describe(parse_topology(target, "--topology"), "--topology")
-    return Mesh(np.array(devices), ("x",))
+    return Mesh(np.array(described(target)), ("x",))
 
 
 def compiled(target: str, function, *arguments, options=None) -> Program:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from compiling import described
 
 from dsv4_jax import topology as topologies
 from dsv4_jax.devices import chip_of
@@ -80,8 +81,7 @@ def test_compilers_that_are_not_installed_are_named(kind, package, monkeypatch):
     "v5p:2x2x2", "v5e:4x4", "v6e:4x4*2", "tpu7x:2x2x2*2", "h100:1x4x8", "b200:1x2x8",
 ])
 def test_devices_are_described(text):
-    topology = parse_topology(text, "--topology")
-    devices = describe(topology, "--topology")
+    topology, devices = parse_topology(text, "--topology"), described(text)
     assert len(devices) == len(set(devices)) == topology.devices
     hosts = {device.process_index for device in devices}
     assert len(hosts) * topology.devices_per_host == topology.devices
@@ -95,7 +95,7 @@ def test_devices_are_described(text):
 @pytest.mark.aot
 def test_a_shape_that_the_compiler_refuses_is_told():
     with pytest.raises(InputError, match="that the compiler knows, got v5p:3x5x7: .*divisible"):
-        describe(parse_topology("v5p:3x5x7", "--topology"), "--topology")
+        described("v5p:3x5x7")
 
 
 @pytest.mark.aot
