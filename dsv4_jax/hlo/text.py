@@ -130,7 +130,7 @@ class Program(NamedTuple):
 
     computations: dict[str, Computation]  # each before those that call it
     entry: str  # the name of the one that runs
-    devices: int
+    devices: int  # with several slices of TPUs, those of one: hosts send to the others
 
     def called_by(self, instruction: Instruction) -> list[Computation]:
         """Return the computations that an instruction calls."""
