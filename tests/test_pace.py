@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dsv4_jax import pace as pacing
-from dsv4_jax.devices import PEAK_FLOPS, peak_flops, peak_memory
+from dsv4_jax.devices import CHIPS, chip_of, peak_flops, peak_memory
 from dsv4_jax.errors import InputError
 from dsv4_jax.log import RunLog
 from dsv4_jax.pace import DATA, EVALUATION, SAVING, STEP, Pace
@@ -84,11 +84,22 @@ def test_mfu_is_of_the_device_s_peak(clock, open_log, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12),
-    ("TPU v5p", 459e12), ("cpu", None),
+    ("TPU v5p", 459e12), ("TPU7x", 2307e12 / 2), ("cpu", None),
 ])
 def test_peaks(kind, peak):
     assert peak_flops(kind) == peak
-    assert min(PEAK_FLOPS.values()) > 1e14
+
+
+def test_figures_of_chips_are_in_their_units():
+    """A factor of 8 or 1000 at least lies between the units that are confused."""
+    for chip in CHIPS:
+        assert chip_of(chip.kind) is chip
+        assert 100e12 < chip.flops < 3000e12 and 0.5e12 < chip.memory_speed < 10e12
+        assert 15e9 < chip.memory < 200e9
+        assert 150e9 < chip.fast_network < 1000e9 and 3e9 < chip.slow_network < 60e9
+    assert chip_of("TPU v5 lite").fast_network == 4 * 50e9  # links
+    assert chip_of("TPU v5p").fast_network == 6 * 100e9
+    assert chip_of("cpu") is None
 
 
 def test_memory_is_that_of_the_process_where_devices_do_not_tell():
