@@ -76,7 +76,8 @@ def split_of(
     A mesh axis that divides none of the weight's `SHARED` axes does not split it. What is no
     matrix is whole but for `KEPT`: gathering it would take longer than its memory is worth.
     """
-    split = [AxisSplit((KEPT[axis],) if axis in KEPT else ()) for axis in axes]
+    kept = [(KEPT[axis],) if axis in KEPT else () for axis in axes]
+    split = [AxisSplit(names if parts_of(names, mesh) > 1 else ()) for names in kept]
     if not matrix:
         return tuple(split)
     shared_by = LAYOUTS[layout]["experts" if "experts" in axes else "dense"]

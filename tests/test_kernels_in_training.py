@@ -10,7 +10,8 @@ import pytest
 from compiling import quick_jit
 
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.train_step import init_state, make_train_step
+from dsv4_jax.sharding import batch_sharding, make_mesh
+from dsv4_jax.train_step import init_state, make_train_step, state_shardings
 
 STEPS = 20
 ROUNDING = 1e-4  # ratio: float32 sums in another order, over 20 steps
@@ -43,20 +44,23 @@ BATCH = {
 }
 
 
-def losses(kernels: str) -> np.ndarray:
+def losses(kernels: str, mesh=None) -> np.ndarray:
     """Train on one batch of packed rows; return the loss of each step."""
     config = dataclasses.replace(
         CONFIG, runtime=dataclasses.replace(CONFIG.runtime, kernels=kernels)
     )
-    state = init_state(config)
-    step = make_train_step(config, config.stages[0])
-    program = str(jax.make_jaxpr(step)(state, BATCH))
+    state, batch = init_state(config, mesh), BATCH
+    step = make_train_step(config, config.stages[0], mesh)
+    if mesh is not None:
+        batch = jax.device_put(BATCH, batch_sharding(mesh, len(BATCH["tokens"])))
+    program = str(jax.make_jaxpr(step)(state, batch))
     for kernel in ("attend", "index_sums", "index_key_gradient"):
         assert (f"name={kernel}" in program) == (kernels != "xla")
-    step = quick_jit(step)
+    outputs = None if mesh is None else (state_shardings(config, mesh), None)
+    step = quick_jit(step, out_shardings=outputs)
     values = []
     for _ in range(STEPS):
-        state, metrics = step(state, BATCH)
+        state, metrics = step(state, batch)
         values.append(float(metrics["loss"]))
     return np.array(values)
 
@@ -72,3 +76,10 @@ def plain() -> np.ndarray:
 @pytest.mark.parametrize("kernels", ("gpu", "tpu"))
 def test_the_loss_of_20_steps_agrees_with_all_kernels(plain, kernels):
     np.testing.assert_allclose(losses(kernels), plain, rtol=ROUNDING)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kernels", ("xla", "gpu", "tpu"))
+def test_the_loss_of_20_steps_agrees_on_a_mesh(plain, kernels):
+    """Devices share rows, experts, heads and weights; each runs the kernels on what it has."""
+    np.testing.assert_allclose(losses(kernels, make_mesh((1, 1, 2, 2))), plain, rtol=ROUNDING)

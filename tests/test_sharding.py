@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -25,7 +26,7 @@ from dsv4_jax.params import (
     split_trainable,
     weight_split,
 )
-from dsv4_jax.run_config import RunConfig
+from dsv4_jax.run_config import MeshConfig, RunConfig
 from dsv4_jax.sharding import (
     KEPT,
     LAYOUTS,
@@ -72,9 +73,10 @@ DENSE = {
 }
 # The last number is the budget of long axes: the smallest cuts losses and attention into pieces.
 CASES = [
-    ("sparse", (2, 2, 2, 1), 2**18),
-    ("sparse", (1, 1, 4, 2), 2**18),
-    ("dense", (1, 2, 2, 2), 2**8),
+    ("sparse", (2, 2, 2, 1), 2**18, "pod"),
+    ("sparse", (1, 1, 4, 2), 2**18, "pod"),
+    ("sparse", (2, 2, 1, 2), 2**18, "cluster"),
+    ("dense", (1, 2, 2, 2), 2**8, "pod"),
 ]
 
 
@@ -193,9 +195,10 @@ def assert_parted(tree, boxed, mesh, split=weight_split, layout=POD) -> int:
     return count
 
 
-@pytest.mark.parametrize(("name", "sizes", "elements"), CASES)
-def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, monkeypatch):
+@pytest.mark.parametrize(("name", "sizes", "elements", "layout"), CASES)
+def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, layout, monkeypatch):
     config, mesh = run_config(name), make_mesh(sizes)
+    config = dataclasses.replace(config, mesh=MeshConfig(layout=layout))
     expected_metrics, expected = one_device(name)
     monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", elements)
     metrics, state = take_step(config, mesh)
@@ -207,12 +210,12 @@ def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, monkeypatch):
 
     boxed = param_shapes(config.model)
     trainable = split_trainable(boxed)[0]
-    assert_parted(state.params, boxed, mesh)
+    assert_parted(state.params, boxed, mesh, layout=layout)
     for kind in ("mu", "nu"):  # AdamW's two
         moments = moments_of(state, kind)
         names = by_name(split_trainable(state.params)[0])
         assert moments.keys() == names.keys()
-        assert_parted([moments[name] for name in names], trainable, mesh, moment_split)
+        assert_parted([moments[name] for name in names], trainable, mesh, moment_split, layout)
 
 
 def test_a_state_is_born_sharded_and_equal():
@@ -299,7 +302,7 @@ def test_how_a_weight_is_split(layout, axes, shape, expected):
 
 
 def test_axes_of_one_device_split_nothing():
-    split = split_of(("width", "rank"), (16, 8), make_mesh((1, 1, 1, 1)), POD, matrix=True)
+    split = split_of(("width", "heads"), (16, 8), make_mesh((1, 1, 1, 1)), POD, matrix=True)
     assert [part.names for part in split] == [(), ()]
 
 
