@@ -7,7 +7,7 @@ in further rounds: no token is dropped.
 
 All this runs on each device, under `jax.shard_map`.
 
-Source: report 3.1, where waves are of experts within a kernel; here they are of tokens.
+Source: report 3, where waves are of experts within a kernel; here they are of tokens. Fact sheet 7.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dsv4_jax.sharding import MESH_AXES
 
 AXIS = "expert"
 ROWS = 8  # that a device takes are a multiple of this
+FURTHER = "further_rounds"  # in the names of operations that an even load skips
 
 # From tokens, their experts of those held here (past the last: none) and the weights of these to
 # outputs in float32.
@@ -79,7 +80,8 @@ def in_waves(
 
     y = jnp.stack([run(jax.tree.map(lambda leaf, i=i: leaf[i], sent), 0) for i in range(waves)])
     if rounds > 1:
-        y = _further_rounds(run, sent, y, capacity, rounds, mesh)
+        with jax.named_scope(FURTHER):
+            y = _further_rounds(run, sent, y, capacity, rounds, mesh)
     return y.reshape(waves * size, -1)[:t]
 
 

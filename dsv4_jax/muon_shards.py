@@ -4,7 +4,7 @@ What lies whole on a device, as experts do, stays there. The parts of other matr
 device that a matrix is assigned to, where all of them are worked on, and the result travels back.
 Assignment balances the work; one exchange carries everything there, one carries it back.
 
-Source: report 3.5.1, where dense matrices are assigned to ranks by a knapsack.
+Source: report 3, where dense matrices are assigned to ranks by a knapsack; fact sheet 7.
 """
 
 from __future__ import annotations

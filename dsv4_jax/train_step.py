@@ -142,7 +142,7 @@ def abstract_inputs(stage: StageConfig) -> Batch:
 def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     """Return the placement of a state: the optimizer's moments are split further than parameters.
 
-    Source: report 3.5.1 (ZeRO).
+    Source: report 3 (ZeRO); fact sheet 7.
     """
     if mesh is None:
         return None
