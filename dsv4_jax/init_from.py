@@ -21,6 +21,7 @@ from dsv4_jax.errors import InputError
 from dsv4_jax.files import write_atomically
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.served_model import ModelFolder, check_model
+from dsv4_jax.sharding import POD
 from dsv4_jax.terminal import say
 from dsv4_jax.tokenizer import TOKENIZER_FILE
 
@@ -79,7 +80,7 @@ def adopt_model(folder: str | Path, config: RunConfig, workdir: Path) -> ModelFo
     return found
 
 
-def load_weights(folder: ModelFolder, mesh: Mesh | None, layout: str) -> dict:
+def load_weights(folder: ModelFolder, mesh: Mesh | None, layout: str = POD) -> dict:
     """Read the parameters as a run trains them: in float32, on its mesh.
 
     Raises:

@@ -59,7 +59,7 @@ def on_mesh(names, sizes, layout):
     return values, kinds, lambda values: directions(values, kinds, splits, mesh, direction)
 
 
-@pytest.mark.parametrize("layout", ["pod", "cluster"])
+@pytest.mark.parametrize("layout", ["pod", pytest.param("cluster", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_directions_equal_those_of_one_device(sizes, layout):
     values, kinds, function = on_mesh(WEIGHTS, sizes, layout)

@@ -75,7 +75,7 @@ DENSE = {
 CASES = [
     ("sparse", (2, 2, 2, 1), 2**18, "pod"),
     ("sparse", (1, 1, 4, 2), 2**18, "pod"),
-    ("sparse", (2, 2, 1, 2), 2**18, "cluster"),
+    pytest.param("sparse", (2, 2, 1, 2), 2**18, "cluster", marks=pytest.mark.heavy),
     ("dense", (1, 2, 2, 2), 2**8, "pod"),
 ]
 
