@@ -19,9 +19,10 @@ from pallas_kernels.target import CPU, target_platform
 
 
 def gather_weight(part: Array, split: Sequence[AxisSplit], dtype: jnp.dtype) -> Array:
-    """Return a weight as it is used, in this dtype, of the part that lies here.
+    """Return a weight as it is used, rounded to this dtype, of the part that lies here.
 
-    The gradients of all who use it are added up in float32.
+    It has the part's dtype all the same, so that the gradients of all who use it, here and
+    elsewhere, are added up in that: in float32.
     """
     shared = tuple((axis, names) for axis, (_, names) in enumerate(split) if names)
     return _gather(part, shared, dtype, part.dtype)
@@ -32,7 +33,7 @@ def _gather(part: Array, shared: tuple, dtype: jnp.dtype, stored: jnp.dtype) -> 
     part = part.astype(dtype)
     for axis, names in shared:
         part = jax.lax.all_gather(part, names, axis=axis, tiled=True)
-    return part
+    return part.astype(stored)
 
 
 def _scatter(shared: tuple, dtype: jnp.dtype, stored: jnp.dtype, _, grad: Array):

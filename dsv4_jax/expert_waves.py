@@ -71,7 +71,7 @@ def in_waves(
     (t, _), a, devices = x.shape, experts.shape[1], mesh.shape[AXIS]
     size = -(-t // waves)
     sent = _split(x, experts, gates, held, devices, waves, size)
-    most = devices * size * min(a, held)
+    most = devices * size * a  # a token may name an expert twice
     capacity = min(most, math.ceil(slack * size * a / ROWS) * ROWS)
     rounds = -(-most // capacity)
 

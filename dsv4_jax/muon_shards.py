@@ -10,6 +10,7 @@ Source: report 3, where dense matrices are assigned to ranks by a knapsack; fact
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -132,7 +133,7 @@ def _of_group(
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+    return [0, *itertools.accumulate(sizes[:-1])] if sizes else []
 
 
 def _pack(rows: Sequence[Sequence[Float[Array, " n"]]]) -> Float[Array, "ranks size"]:

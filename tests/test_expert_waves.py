@@ -44,6 +44,7 @@ LOADS = {
     "all to one expert": every(5, NOBODY, NOBODY),
     "all to one device's": every(6, 7, NOBODY),
     "all to one more": every(0, 1, 2),
+    "all thrice to one expert": every(5, 5, 5),
     "none": every(NOBODY, NOBODY, NOBODY),
     "one token": one_token(),
     "one row": np.where(np.arange(ROWS)[:, None, None] == 3, random_choice(), NOBODY),

@@ -6,18 +6,19 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_jit
 from flax import linen as nn
 
 from dsv4_jax import chunks
+from dsv4_jax.collectives import gather_weight
 from dsv4_jax.errors import InputError
 from dsv4_jax.model import param_shapes
-from dsv4_jax.optimizer import MUON, label_leaves, make_optimizer
+from dsv4_jax.optimizer import Placed, make_optimizer
 from dsv4_jax.params import (
     IN,
-    OUT,
     kinds_of,
     moment_split,
     parse_axes,
@@ -33,6 +34,7 @@ from dsv4_jax.sharding import (
     MESH_AXES,
     POD,
     SHARED,
+    AxisSplit,
     batch_sharding,
     make_mesh,
     parts_of,
@@ -234,34 +236,41 @@ def test_muon_on_a_mesh_equals_one_device():
     """On stacked layers of experts: what a mesh splits in three ways at once."""
     config, mesh = run_config("dense", "muon"), make_mesh((1, 2, 2, 2))
     boxed = split_trainable(param_shapes(config.model))[0]["pairs"]["csa"]["moe"]
-    optimizer = make_optimizer(config.optimizer, kinds_of(boxed))
+    splits = jax.tree.map(
+        lambda weight: moment_split(weight, mesh), boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+    )
     choose = np.random.default_rng(0)
     gradients, params = (
         jax.tree.map(lambda x: choose.normal(size=x.shape).astype(np.float32), nn.meta.unbox(boxed))
         for _ in range(2)
     )
-    update = quick_jit(
-        lambda gradients, params: optimizer.update(
-            gradients, optimizer.init(params), params, learning_rate=1e-3
-        )[0]
-    )
-    placed = shardings_of(boxed, mesh)
-    found = update(*jax.device_put((gradients, params), (placed, placed)))
-    assert_close(by_name(found), by_name(update(gradients, params)))
+
+    def update(gradients, params, placed=None):
+        optimizer = make_optimizer(config.optimizer, kinds_of(boxed), placed=placed)
+        return optimizer.update(gradients, optimizer.init(params), params, learning_rate=1e-3)[0]
+
+    lie = shardings_of(boxed, mesh)
+    on_mesh = quick_jit(functools.partial(update, placed=Placed(mesh, splits)))
+    found = on_mesh(*jax.device_put((gradients, params), (lie, lie)))
+    assert_close(by_name(found), by_name(quick_jit(update)(gradients, params)))
 
 
-@pytest.mark.parametrize("name", ["sparse", "dense"])
-def test_muon_merges_no_sharded_axis_behind_another(name):
-    """Rows and columns that are merged stay where they are only if the first axis is split."""
-    config, mesh = run_config(name, "muon"), make_mesh((1, 2, 2, 2))
-    boxed = split_trainable(param_shapes(config.model))[0]
-    labels = jax.tree.leaves(label_leaves(kinds_of(boxed), config.optimizer))
-    weights = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
-    for weight, label in zip(weights, labels, strict=True):
-        for kind in (IN, OUT) if label.endswith(MUON) else ():
-            split = zip(weight_split(weight, mesh), weight.kinds, strict=True)
-            merged = [part for part, k in split if k == kind]
-            assert not any(part.names for part in merged[1:]), weight
+def test_gradients_of_a_gathered_weight_add_up_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    mesh, ids = make_mesh((1, 8, 1, 1)), np.zeros(3000, np.int32)
+    rows = jax.P("fsdp")
+
+    def on_device(part):
+        def looked_up(part):
+            table = gather_weight(part, (AxisSplit((), ("fsdp",)),), jnp.dtype("bfloat16"))
+            return jnp.sum(table[ids].astype(jnp.bfloat16).astype(jnp.float32))
+
+        return jax.grad(looked_up)(part)
+
+    on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    gradient = jax.jit(on_devices)(jnp.ones(8))
+    np.testing.assert_array_equal(gradient, [8 * 3000] + [0] * 7)
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():

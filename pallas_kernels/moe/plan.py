@@ -55,7 +55,7 @@ def make_plan(experts: Int[Array, "t a"], count: int, size: int) -> Plan:
     rows = grouped.row(blocks)
     flat = experts.reshape(-1).astype(jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < count), flat, count)
-    rank, numbers = _ranks(flat, count)
+    rank, numbers = ranks(flat, count)
     ends = jnp.cumsum(grouped.blocks(numbers), dtype=jnp.int32)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     row = jnp.where(flat < count, grouped.row(first[flat], rank), rows)
@@ -68,13 +68,13 @@ def make_plan(experts: Int[Array, "t a"], count: int, size: int) -> Plan:
     return Plan(source, source // choices, place, owner, first, used)
 
 
-def _ranks(
+def ranks(
     experts: Int[Array, " slots"], count: int
 ) -> tuple[Int[Array, " slots"], Int[Array, " e"]]:
     """Return how many earlier slots have a slot's expert, and how many slots each expert has.
 
-    Products with a triangle of ones count, part by part; sorting takes many more steps. Sums of
-    float32 are exact here: there are fewer than 2^24 slots.
+    An id of `count` is nobody's. Products with a triangle of ones count, part by part; sorting
+    takes many more steps. Sums of float32 are exact here: there are fewer than 2^24 slots.
     """
     part = min(PART, cdiv(experts.size, LINE) * LINE)
     before = jnp.tril(jnp.ones((LINE, LINE), jnp.bfloat16), -1)
@@ -84,12 +84,12 @@ def _ranks(
         in_line = jnp.einsum("ij,cje->cie", before, chosen, preferred_element_type=jnp.float32)
         lines = jnp.sum(chosen, axis=1, dtype=jnp.float32)
         ends = seen + jnp.cumsum(lines, axis=0)
-        ranks = jnp.sum(chosen * (in_line + (ends - lines)[:, None]), axis=2)
-        return ends[-1], ranks.reshape(-1).astype(jnp.int32)
+        rank = jnp.sum(chosen * (in_line + (ends - lines)[:, None]), axis=2)
+        return ends[-1], rank.reshape(-1).astype(jnp.int32)
 
     parts = jnp.pad(experts, (0, -experts.size % part), constant_values=count).reshape(-1, part)
-    numbers, ranks = jax.lax.scan(add, jnp.zeros(count, jnp.float32), parts)
-    return ranks.reshape(-1)[: experts.size], numbers.astype(jnp.int32)
+    numbers, rank = jax.lax.scan(add, jnp.zeros(count, jnp.float32), parts)
+    return rank.reshape(-1)[: experts.size], numbers.astype(jnp.int32)
 
 
 def _below(bounds: Int[Array, " n"], values: Int[Array, " m"]) -> Int[Array, " n"]:
