@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from dsv4_jax.newton_schulz import HYBRID_STEPS, as_matrices
 from dsv4_jax.params import BATCH, IN
 from dsv4_jax.shapes import Array, Float
-from dsv4_jax.sharding import AxisSplit, spec_of
+from dsv4_jax.sharding import AxisSplit, parts_of, spec_of
 
 # From a stack of matrices to as many of the same shape.
 Direction = Callable[[Array], Array]
@@ -44,10 +44,8 @@ class Form(NamedTuple):
 
     def matrix(self, mesh: Mesh) -> tuple[int, int]:
         """Return the rows and columns of the whole."""
-        whole = [
-            n * math.prod(mesh.shape[name] for name in names)
-            for n, names in zip(self.shape, self.split, strict=True)
-        ]
+        parts = zip(self.shape, self.split, strict=True)
+        whole = [n * parts_of(names, mesh) for n, names in parts]
         return math.prod(whole[: self.rows]), math.prod(whole[self.rows :])
 
 
@@ -202,7 +200,7 @@ def _order(form: Form, group: tuple[str, ...]) -> tuple[list[int], list[str]]:
     splitting = {name for names in form.split for name in names}
     whole, order = [name for name in group if name in splitting], []
     for axis, names in enumerate(form.split):
-        order += [*(whole.index(name) for name in names if name in whole), len(whole) + axis]
+        order += [*map(whole.index, names), len(whole) + axis]
     return order, whole
 
 

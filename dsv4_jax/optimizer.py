@@ -29,6 +29,7 @@ MODEL, INDEXERS = LEARNERS = ("model", "indexers")  # each learns from a loss of
 # Matrices that AdamW updates all the same: lookups and the map to logits.
 ADAMW_MATRICES = frozenset({"embedding", "head"})
 
+
 def make_optimizer(
     config: OptimizerConfig, kinds: dict, learners: Collection[str] = LEARNERS,
     implementation: str = XLA, placed: Placed | None = None,

@@ -163,6 +163,12 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     return TrainState(counter, Skips(counter, counter), params, opt_state)
 
 
+def _param_specs(config: RunConfig, mesh: Mesh) -> dict:
+    """Return the partitions of the parameters."""
+    placed = shardings_of(param_shapes(config.model), mesh, config.mesh.layout)
+    return jax.tree.map(lambda sharding: sharding.spec, placed)
+
+
 def _moment_splits(config: RunConfig, mesh: Mesh) -> dict:
     """Return how the moments of all leaves that can learn are split, and their gradients with them.
     """
@@ -289,8 +295,7 @@ def make_gradient(
 
     if mesh is None:
         return gradient
-    placed = jax.tree.map(lambda sharding: sharding.spec, state_shardings(config, mesh).params)
-    trainable, fixed = split_trainable(placed)
+    trainable, fixed = split_trainable(_param_specs(config, mesh))
     learning, resting = _split_learning(trainable, learners)
     splits = _split_learning(_moment_splits(config, mesh), learners)[0]
 
@@ -355,12 +360,7 @@ def make_evaluation(
         found = _nats(model, features.hidden, features.head, _targets(batch, 1))
         return sum_over(found, BATCH_AXES, mesh)
 
-    on_devices = _on_rows(nats, config, mesh, PartitionSpec())
-
-    def evaluate(params: dict, batch: Batch) -> Float[Array, ""]:
-        return on_devices(round_weights(params, config.model, config.runtime.linears), batch)
-
-    return evaluate
+    return _on_rows(nats, config, mesh, PartitionSpec())
 
 
 def make_routing(
@@ -381,25 +381,24 @@ def make_routing(
             for path, stats in features.layers.items() if tuple(path.split("/")) in biased
         }
 
-    on_devices = _on_rows(chosen, config, mesh, PartitionSpec(BATCH_AXES))
-
-    def routing(params: dict, batch: Batch) -> dict[str, Array]:
-        return on_devices(round_weights(params, config.model, config.runtime.linears), batch)
-
-    return routing
+    return _on_rows(chosen, config, mesh, PartitionSpec(BATCH_AXES))
 
 
 def _on_rows(
     function: Callable, config: RunConfig, mesh: Mesh | None, outputs: PartitionSpec
 ) -> Callable:
-    """Run a function of parameters and batch on every device, for its rows."""
-    if mesh is None:
-        return function
-    placed = jax.tree.map(lambda sharding: sharding.spec, state_shardings(config, mesh).params)
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=(placed, PartitionSpec(BATCH_AXES)), out_specs=outputs,
-        check_vma=False,
-    )
+    """Round the parameters, then run a function of them and a batch; on each device, for its rows.
+    """
+    if mesh is not None:
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=(_param_specs(config, mesh), PartitionSpec(BATCH_AXES)),
+            out_specs=outputs, check_vma=False,
+        )
+
+    def run(params: dict, batch: Batch):
+        return function(round_weights(params, config.model, config.runtime.linears), batch)
+
+    return run
 
 
 def _model_inputs(batch: Batch) -> Batch:
