@@ -43,15 +43,10 @@ from dsv4_jax.flops import count_flops
 from dsv4_jax.params import constant, param
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sizes import count_params
+from dsv4_jax.stage_model import MODEL_INPUTS, abstract_inputs, make_evaluation
 from dsv4_jax.tokenized import TokenizedCorpus, prepare_corpus
-from dsv4_jax.train_step import (
-    MODEL_INPUTS,
-    abstract_inputs,
-    as_counted,
-    init_state,
-    make_evaluation,
-    make_train_step,
-)
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import as_counted, make_train_step
 
 PARTS = flags.DEFINE_list("parts", ["optimizer", "residual", "attention"], "Which to run.")
 STEPS = flags.DEFINE_integer("steps", 300, "Optimizer steps of each run.", lower_bound=20)

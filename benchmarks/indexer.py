@@ -26,8 +26,8 @@ from dsv4_jax.attention.lesson import Lesson
 from dsv4_jax.cli import read_config_file
 from dsv4_jax.data import held_out_batches
 from dsv4_jax.run_config import RunConfig
+from dsv4_jax.stage_model import transformer_of
 from dsv4_jax.tokenized import prepare_corpus
-from dsv4_jax.train_step import transformer_of
 
 TOKENS = flags.DEFINE_integer("tokens", 1_600_000, "Of the dense stage, in rows of 256.")
 LONG_TOKENS = flags.DEFINE_integer("long_tokens", 200_000, "Of dense attention at 1,024.")

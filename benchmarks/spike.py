@@ -23,15 +23,10 @@ from dsv4_jax import programs
 from dsv4_jax.cli import read_config_file
 from dsv4_jax.flops import count_flops
 from dsv4_jax.run_config import RunConfig
+from dsv4_jax.stage_model import abstract_inputs, make_routing
 from dsv4_jax.train import train
-from dsv4_jax.train_step import (
-    abstract_inputs,
-    abstract_state,
-    as_counted,
-    make_routing,
-    make_train_step,
-    optimizer_flops,
-)
+from dsv4_jax.train_state import abstract_state
+from dsv4_jax.train_step import as_counted, make_train_step, optimizer_flops
 
 STEPS = flags.DEFINE_integer("steps", 300, "Steps of each run.", lower_bound=100)
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 1024, "Tokens of a step.", lower_bound=256)

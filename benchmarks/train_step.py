@@ -40,7 +40,8 @@ from dsv4_jax.run_config import (
     StageConfig,
     TrainConfig,
 )
-from dsv4_jax.train_step import as_counted, init_state, make_train_step
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import as_counted, make_train_step
 
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096"], "Tokens per sequence.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps; the fastest is printed.", lower_bound=1)

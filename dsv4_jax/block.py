@@ -67,9 +67,10 @@ class Block(nn.Module):
         return residual, LayerStats(experts, load, balance_loss, error, lesson), kept
 
 
-def block_class(runtime: Runtime, *, scanned: bool = False) -> type[Block]:
+def block_class(runtime: Runtime) -> type[Block]:
     """Return the layer's class, one that recomputes itself in the backward pass if so wanted.
 
-    Outside a scan XLA must be kept from merging the recomputation with the forward pass.
+    XLA must be kept from merging the recomputation with the forward pass and, of layers that are
+    scanned together, from recomputing all at once: that would take the memory of all.
     """
-    return nn.remat(Block, prevent_cse=not scanned) if runtime.remat else Block
+    return nn.remat(Block) if runtime.remat else Block

@@ -11,9 +11,10 @@ from dsv4_jax.log import RunLog
 from dsv4_jax.programs import options_of
 from dsv4_jax.run import Run
 from dsv4_jax.run_config import StageConfig
+from dsv4_jax.stage_model import make_evaluation
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import say
-from dsv4_jax.train_step import HELD_OUT, make_evaluation
+from dsv4_jax.train_step import HELD_OUT
 
 
 class HeldOut:

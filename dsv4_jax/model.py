@@ -64,7 +64,7 @@ class Pair(nn.Module):
         (residual, caches), stats = carry, {}
         for layer in (self.layer, self.layer + 1):
             kind = self.config.layer_types[layer]
-            block = block_class(self.runtime, scanned=True)(
+            block = block_class(self.runtime)(
                 self.config, self.runtime, kind, LEARNED, layer, name=kind
             )
             cache = None if caches is None else StackedCache(caches[kind], pair)

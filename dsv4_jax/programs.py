@@ -14,15 +14,10 @@ from dsv4_jax.pace import Pace
 from dsv4_jax.run import Run
 from dsv4_jax.run_config import RunConfig, StageConfig
 from dsv4_jax.sharding import replicated
+from dsv4_jax.stage_model import make_routing
 from dsv4_jax.terminal import say, timed
-from dsv4_jax.train_step import (
-    TrainState,
-    as_counted,
-    make_routing,
-    make_train_step,
-    optimizer_flops,
-    state_shardings,
-)
+from dsv4_jax.train_state import TrainState, state_shardings
+from dsv4_jax.train_step import as_counted, make_train_step, optimizer_flops
 from pallas_kernels.implementation import any_kernel
 
 

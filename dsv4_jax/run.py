@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from dsv4_jax.model import param_shapes
 from dsv4_jax.params import shardings_of
 from dsv4_jax.run_config import CHAT, RunConfig
 from dsv4_jax.served_model import ModelFolder
-from dsv4_jax.sharding import MESH_AXES, batch_sharding, make_mesh
+from dsv4_jax.sharding import batch_sharding, make_mesh
 from dsv4_jax.sizes import count_params
 from dsv4_jax.terminal import say, timed
 from dsv4_jax.tokenized import TokenizedCorpus, baseline_bits_per_byte, prepare_corpus
@@ -64,10 +63,9 @@ def corpus_of(config: RunConfig, workdir: Path) -> TokenizedCorpus:
 
 def mesh_of(config: RunConfig) -> Mesh | None:
     """Return the mesh of a run; a run on one device needs none."""
-    sizes = [getattr(config.mesh, axis) for axis in MESH_AXES]
-    if math.prod(sizes) == 1:
+    if config.mesh.size == 1:
         return None
-    mesh = make_mesh(sizes)
+    mesh = make_mesh(config.mesh.sizes)
     # The rows of a micro-batch and every axis of the model must fall into equal parts.
     for stage in config.stages:
         batch_sharding(mesh, stage.rows // stage.accumulation)

@@ -250,8 +250,18 @@ class MeshConfig:
         check_field_types(self)
         check_choice("MeshConfig.layout", self.layout, tuple(LAYOUTS))
         _check_rules(
-            self, *((axis, getattr(self, axis) >= 1, "at least 1") for axis in MESH_AXES)
+            self, *((axis, size >= 1, "at least 1") for axis, size in self.sizes.items())
         )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The devices along each axis."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+    @property
+    def size(self) -> int:
+        """The number of devices."""
+        return math.prod(self.sizes.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from dsv4_jax.infer import generate
 from dsv4_jax.rounded_weights import round_weights
 from dsv4_jax.run import Run
 from dsv4_jax.run_config import CHAT
+from dsv4_jax.stage_model import transformer_of
 from dsv4_jax.terminal import say
-from dsv4_jax.train_step import TrainState, transformer_of
+from dsv4_jax.train_state import TrainState
 
 
 def sample_prompt(run: Run) -> np.ndarray:

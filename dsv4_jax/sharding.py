@@ -8,18 +8,20 @@ computes; nobody gathers those. What is left is split further to save memory, an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+# From the outermost to the innermost: of GPUs, those of a host are along the last ones.
+MESH_AXES = ("data", "expert", "fsdp", "tensor")
 # Rows of a batch are spread over every axis but "tensor", so that the same devices that hold
 # different experts also work on different tokens.
-BATCH_AXES = ("data", "fsdp", "expert")
+BATCH_AXES = ("data", "expert", "fsdp")
 
 # Logical axis -> the mesh axis over which it is split, in use too.
 KEPT = {"experts": "expert", "heads": "tensor", "groups": "tensor", "expert_width": "tensor"}
@@ -27,7 +29,7 @@ KEPT = {"experts": "expert", "heads": "tensor", "groups": "tensor", "expert_widt
 # Layout -> the mesh axes that share the other weights, and, beside "expert", the experts.
 LAYOUTS = {
     # One network joins all devices well, as in a TPU pod: everything is shared by all.
-    "pod": {"dense": ("fsdp", "expert", "tensor"), "experts": ("fsdp",)},
+    "pod": {"dense": ("expert", "fsdp", "tensor"), "experts": ("fsdp",)},
     # It is fast within hosts alone, as between GPUs, which "fsdp" and "tensor" should then be:
     # there dense weights are gathered often; experts, of which most are elsewhere, travel little.
     "cluster": {"dense": ("fsdp", "tensor"), "experts": ("fsdp",)},
@@ -39,21 +41,43 @@ POD = "pod"
 SHARED = ("experts", "width", "rank", "out_rank")
 
 
-def make_mesh(sizes: Sequence[int]) -> Mesh:
-    """Arrange the first devices in a mesh with the given sizes of `MESH_AXES`.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices in a mesh: neighbours along its axes are neighbours in their network.
 
+    Args:
+      sizes: devices along each of `MESH_AXES`; those that are not named have 1.
+      devices: of which as many as are needed are used, from the first; None: all there are. If they
+        are in several slices, these are along "data".
     Raises:
-      InputError: the product of the sizes does not divide the number of devices.
+      InputError: the product of the sizes does not divide the number of devices, or slices would
+        not be along "data".
     """
-    devices, count = jax.devices(), math.prod(sizes)
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    count = math.prod(shape)
     if len(devices) % count:
-        product = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
+        product = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise InputError(
             f"mesh: expected a product of sizes that divides the {len(devices)} devices, got "
             f"{product} = {count}; change the mesh section of the config"
         )
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, auto, devices=devices[:count])
+    devices = devices[:count]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, *others = shape
+    if data % slices:
+        raise InputError(
+            f"mesh.data: expected a multiple of the {slices} slices that {count} devices are in, "
+            f"got {data}; only rows and the optimizer's state are shared between slices"
+        )
+    # An axis may be a part of one of the network's, which is no torus then.
+    if slices > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *others), (slices, *(1 for _ in others)), devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 class AxisSplit(NamedTuple):

@@ -29,9 +29,10 @@ from dsv4_jax.sample import sample_prompt, write_sample
 from dsv4_jax.sharding import batch_sharding
 from dsv4_jax.skips import SkipWatch
 from dsv4_jax.spikes import Spike, SpikeGuard
+from dsv4_jax.stage_model import abstract_inputs
 from dsv4_jax.stop import StopRequest
 from dsv4_jax.terminal import duration, say, timed
-from dsv4_jax.train_step import Skips, TrainState, abstract_inputs, abstract_state, init_state
+from dsv4_jax.train_state import Skips, TrainState, abstract_state, init_state
 from dsv4_jax.wandb_log import WandbLog, check_wandb
 
 ANTICIPATORY = "anticipatory_routing"  # name of a metric: whether a step had it

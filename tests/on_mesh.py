@@ -1,4 +1,4 @@
-"""Run the experts of a model on a mesh, as the model does."""
+"""Meshes of the simulated devices, and the experts of a model run on one, as the model does."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import jax
 from dsv4_jax.config import Runtime
 from dsv4_jax.experts import ExpertWeights, routed_experts
 from dsv4_jax.router import Routing
-from dsv4_jax.sharding import BATCH_AXES
+from dsv4_jax.sharding import BATCH_AXES, make_mesh
 
 P = jax.sharding.PartitionSpec
+
+
+def mesh_of(data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """Return a mesh of the first simulated devices."""
+    return make_mesh({"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor})
 
 
 def experts_on(mesh, x, routing: Routing, weights: ExpertWeights, *, limit: float, **runtime):

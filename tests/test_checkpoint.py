@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import pytest
 from faults import small_files_only
 from jax.sharding import NamedSharding, PartitionSpec
+from on_mesh import mesh_of
 from saved_states import PLACE, assert_same, new_state, shapes_of
 
 from dsv4_jax.checkpoint import FIXED_KEYS, Checkpoints, check_leaves, check_same_run
 from dsv4_jax.checksum import fingerprints
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.errors import InputError
-from dsv4_jax.sharding import make_mesh
 
 # When one file cannot be read or written, Orbax drops TensorStore's answers about the others, which
 # are told to nobody, sooner or later.
@@ -82,7 +82,7 @@ def test_old_checkpoints_are_removed(saved):
 
 
 def test_a_state_comes_back_onto_another_mesh(saved):
-    mesh, expected = make_mesh((1, 4, 1, 2)), new_state(3)
+    mesh, expected = mesh_of(1, 4, 1, 2), new_state(3)
     specs = {"step": (), "weight": ("fsdp", "tensor"), "table": ("fsdp",), "half": ()}
     shardings = {
         name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in specs.items()

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from on_mesh import mesh_of
 
 from dsv4_jax import checksum
 from dsv4_jax.checksum import PIECE, fingerprints
-from dsv4_jax.sharding import make_mesh
 
 
 def array(shape, dtype):
@@ -48,7 +48,7 @@ def test_host_and_devices_agree(on_devices, monkeypatch):
 
 @pytest.mark.parametrize("axes", [("fsdp", "tensor"), ("tensor",), (None, "fsdp"), ()])
 def test_a_mesh_changes_nothing(axes, on_devices):
-    placed = NamedSharding(make_mesh((1, 4, 1, 2)), PartitionSpec(*axes))
+    placed = NamedSharding(mesh_of(1, 4, 1, 2), PartitionSpec(*axes))
     matrix = {"matrix": TREE["matrix"]}
     assert fingerprints(jax.device_put(matrix, placed))() == fingerprints(matrix)()
 

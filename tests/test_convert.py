@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from faults import small_files_only
 from flax.traverse_util import flatten_dict, unflatten_dict
+from on_mesh import mesh_of
 from test_hf_parity import FLASH_LIKE
 from test_train_step import CONFIG as RUN
 
@@ -39,8 +40,8 @@ from dsv4_jax.convert.shards import Item, write_shards
 from dsv4_jax.convert.source import FileSource
 from dsv4_jax.convert.table import tensors_of
 from dsv4_jax.convert.tensor_files import open_tensors, read_header
-from dsv4_jax.sharding import MESH_AXES, make_mesh
-from dsv4_jax.train_step import init_state
+from dsv4_jax.sharding import MESH_AXES
+from dsv4_jax.train_state import init_state
 
 ROOT = Path(__file__).parent.parent
 # Every axis that a mesh splits is even; widths are not multiples of the blocks.
@@ -131,7 +132,7 @@ def test_requantising_gives_equal_values_and_kept_bytes_stay(released, tmp_path)
 def test_shards_hold_what_the_whole_holds(released, sizes, keep, monkeypatch):
     """Each device's part is read alone, and equal parts once."""
     _, whole = load_pretrained(released, keep_quantized=keep)
-    mesh, read = make_mesh(sizes), []
+    mesh, read = mesh_of(*sizes), []
 
     def counted(original):
         def reads(self, tensor, *args):
@@ -211,7 +212,7 @@ def test_orbax_goes_back_to_pytorch(released, tmp_path):
     assert_trees_equal(load_pretrained(tmp_path / "back")[1], load_pretrained(released)[1])
     config, fewer = load_pretrained(tmp_path / "ours", skip_mtp=True)
     assert config.num_nextn_predict_layers == 0 and "mtp" not in fewer
-    mesh = make_mesh((1, 2, 2, 2))
+    mesh = mesh_of(1, 2, 2, 2)
     _, sharded = load_pretrained(tmp_path / "ours", mesh=mesh)
     assert_trees_equal(sharded, load_pretrained(released)[1])
 

@@ -30,7 +30,8 @@ from dsv4_jax import ModelConfig, Transformer, init_params, load_pretrained, sav
 from dsv4_jax.config import LEARNED
 from dsv4_jax.infer import generate
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.train_step import init_state, make_train_step
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import make_train_step
 
 # DeepSeek's own format knows but these: overlapping blocks of 4 tokens, hash routing first.
 OFFICIAL = {

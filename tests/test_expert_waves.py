@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from compiling import quick_jit
-from on_mesh import experts_on
+from on_mesh import experts_on, mesh_of
 from test_moe import assert_close, dense_experts, normal
 
 from dsv4_jax.config import Runtime
@@ -16,7 +16,6 @@ from dsv4_jax.errors import InputError
 from dsv4_jax.expert_waves import _bounds
 from dsv4_jax.experts import ExpertWeights
 from dsv4_jax.router import Routing
-from dsv4_jax.sharding import make_mesh
 
 EXPERTS, WIDTH, HIDDEN, CHOSEN, LIMIT = 8, 16, 8, 3, 1.5
 ROWS, TOKENS = 8, 5
@@ -67,7 +66,7 @@ def random_weights() -> ExpertWeights:
 @functools.cache
 def program(sizes, waves: int, slack: float):
     """Compile the sum and its gradients, for any load."""
-    mesh = None if sizes is None else make_mesh(sizes)
+    mesh = None if sizes is None else mesh_of(*sizes)
 
     def on_devices(x, experts, gates, weights):
         return experts_on(

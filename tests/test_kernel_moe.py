@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import quick_jit
-from on_mesh import experts_on
+from on_mesh import experts_on, mesh_of
 
 from dsv4_jax import quant, rounding
 from dsv4_jax.experts import ExpertWeights
 from dsv4_jax.router import Routing
-from dsv4_jax.sharding import make_mesh
 from pallas_kernels.moe import Fp4, cases, claims, formats, routed_experts, routed_experts_fp4
 from pallas_kernels.moe.index import Grouped
 from pallas_kernels.moe.plan import LARGEST, SMALLEST, block_rows, make_plan, make_visits
@@ -182,7 +181,7 @@ def test_the_model_computes_the_same_by_kernels(kernel, compute):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_devices_that_share_experts_tokens_and_width_run_kernels(kernel):
-    mesh = make_mesh((2, 1, 2, 2))
+    mesh = mesh_of(2, 1, 2, 2)
     operands = arrays(TOKENS, EACH, *SHAPE)
     wanted = value_and_gradients(ANY, operands, "xla", model)
     found = value_and_gradients(ANY, operands, kernel, functools.partial(model, mesh=mesh))

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 from compiling import quick_jit
+from on_mesh import mesh_of
 
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.sharding import batch_sharding, make_mesh
-from dsv4_jax.train_step import init_state, make_train_step, state_shardings
+from dsv4_jax.sharding import batch_sharding
+from dsv4_jax.train_state import init_state, state_shardings
+from dsv4_jax.train_step import make_train_step
 
 STEPS = 20
 ROUNDING = 1e-4  # ratio: float32 sums in another order, over 20 steps
@@ -82,4 +84,4 @@ def test_the_loss_of_20_steps_agrees_with_all_kernels(plain, kernels):
 @pytest.mark.parametrize("kernels", ("xla", "gpu", "tpu"))
 def test_the_loss_of_20_steps_agrees_on_a_mesh(plain, kernels):
     """Devices share rows, experts, heads and weights; each runs the kernels on what it has."""
-    np.testing.assert_allclose(losses(kernels, make_mesh((1, 1, 2, 2))), plain, rtol=ROUNDING)
+    np.testing.assert_allclose(losses(kernels, mesh_of(1, 1, 2, 2)), plain, rtol=ROUNDING)

@@ -12,6 +12,7 @@ import pytest
 from compiling import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_mesh import mesh_of
 
 from dsv4_jax.muon_shards import (
     Form,
@@ -23,7 +24,7 @@ from dsv4_jax.muon_shards import (
 )
 from dsv4_jax.newton_schulz import as_matrices, orthogonalize
 from dsv4_jax.params import Weight, moment_split, normal, parse_axes
-from dsv4_jax.sharding import make_mesh, spec_of
+from dsv4_jax.sharding import spec_of
 
 ROUNDING = 1e-5  # of the largest element: products of whole matrices, in another batch
 
@@ -51,7 +52,7 @@ def stacked(name: str) -> Weight:
 
 def on_mesh(names, sizes, layout):
     """Return the weights, on the mesh, and the function to their directions."""
-    mesh, weights = make_mesh(sizes), [stacked(name) for name in names]
+    mesh, weights = mesh_of(*sizes), [stacked(name) for name in names]
     splits = [moment_split(weight, mesh, layout) for weight in weights]
     placed = [jax.sharding.NamedSharding(mesh, spec_of(split)) for split in splits]
     kinds = [weight.kinds for weight in weights]

@@ -21,13 +21,13 @@ import pytest
 from faults import small_files_only
 from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
+from on_mesh import mesh_of
 
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.convert import orbax_leaves
 from dsv4_jax.convert.orbax_leaves import LeafPlan, open_leaves, write_leaves
 from dsv4_jax.errors import InputError
-from dsv4_jax.sharding import make_mesh
-from dsv4_jax.train_step import Skips, TrainState
+from dsv4_jax.train_state import Skips, TrainState
 
 # When one file cannot be read, Orbax drops TensorStore's answers about the others, which are told
 # to nobody, sooner or later.
@@ -160,7 +160,7 @@ def test_orbax_restores_it_onto_a_mesh(tmp_path):
     write_leaves(
         tmp_path / "params", {path: plan_of(x, slice_axes[path]) for path, x in arrays.items()}
     )
-    mesh = make_mesh((1, 4, 1, 2))
+    mesh = mesh_of(1, 4, 1, 2)
     specs = {"experts/w": (None, "fsdp", "tensor"), "embed": ("tensor", "fsdp"), "step": ()}
     target = {
         path: jax.ShapeDtypeStruct(
@@ -213,7 +213,7 @@ def test_other_formats_of_orbax_are_opened(options, tmp_path):
 
 
 def test_a_training_checkpoint_is_opened(tmp_path):
-    mesh = make_mesh((1, 4, 1, 2))
+    mesh = mesh_of(1, 4, 1, 2)
     placed = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     weights = random_array((8, 4), np.int32).astype(np.float32)
     params = {"pairs": {"w": jax.device_put(weights, placed)}, "head": jnp.ones((3, 2))}

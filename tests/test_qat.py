@@ -13,7 +13,7 @@ import pytest
 from compiling import quick_jit
 from flax.core import meta
 from flax.traverse_util import flatten_dict
-from on_mesh import experts_on
+from on_mesh import experts_on, mesh_of
 from test_cache import ROWS, assert_same, ragged, read_all
 from test_hf_parity import CASES, oracle_of
 from test_sharding import TOLERANCE, assert_close, moments_of, packed_batch, take_step
@@ -50,8 +50,8 @@ from dsv4_jax.quant import FP4, FP8, decode, encode
 from dsv4_jax.rounding import round_blocks, round_tokens, straight_through
 from dsv4_jax.router import Routing
 from dsv4_jax.run_config import RunConfig
-from dsv4_jax.sharding import make_mesh
-from dsv4_jax.train_step import init_state, make_train_step
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import make_train_step
 
 FLOAT32 = np.dtype(np.float32)
 QAT = {"linears": "fp4", "keys": "fp8", "indexer": "fp4"}
@@ -361,7 +361,7 @@ def test_recomputed_layers_round_alike():
 def test_a_rounded_step_on_a_mesh_equals_one_device(sizes):
     config = with_runtime(sharded_config("sparse"), **QAT)
     expected_metrics, expected = take_step(config)
-    metrics, state = take_step(config, make_mesh(sizes))
+    metrics, state = take_step(config, mesh_of(*sizes))
     for key, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[key], value, rtol=TOLERANCE, err_msg=key)
     assert_close(moments_of(state, "mu"), moments_of(expected, "mu"))
@@ -380,7 +380,7 @@ def expert_call(mesh, width: int):
 
 
 def test_experts_are_split_where_groups_end():
-    mesh = make_mesh((1, 1, 2, 2))
+    mesh = mesh_of(1, 1, 2, 2)
     # Sums over two devices, of 256 products around 1.
     np.testing.assert_allclose(expert_call(mesh, 256), expert_call(None, 256), rtol=1e-4, atol=1e-3)
     with pytest.raises(InputError, match=r"mesh.tensor: .* multiples of 128.* got 128 / 2 = 64;"):

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 from fault_cases import cases
+from on_mesh import mesh_of
 from saved_states import PLACE, assert_same
 from test_sharding import ROWS, initial_state, packed_batch, run_config
 
 from dsv4_jax import sharding
 from dsv4_jax.checkpoint import Checkpoints
-from dsv4_jax.sharding import batch_sharding, make_mesh
-from dsv4_jax.train_step import abstract_state, make_evaluation, state_shardings
+from dsv4_jax.sharding import batch_sharding
+from dsv4_jax.stage_model import make_evaluation
+from dsv4_jax.train_state import abstract_state, state_shardings
 
 pytestmark = [pytest.mark.faults, pytest.mark.heavy]
 
@@ -26,8 +28,8 @@ ROUNDING = 1e-6  # of the loss: sums over devices in another order
 CONFIG = run_config("sparse")
 
 
-def mesh_of(sizes):
-    return None if sizes is None else make_mesh(sizes)
+def placed_on(sizes):
+    return None if sizes is None else mesh_of(*sizes)
 
 
 def state_on(mesh):
@@ -42,13 +44,13 @@ def state_on(mesh):
 
 @functools.cache
 def evaluation(sizes):
-    return quick_jit(make_evaluation(CONFIG, CONFIG.stages[0], mesh_of(sizes)))
+    return quick_jit(make_evaluation(CONFIG, CONFIG.stages[0], placed_on(sizes)))
 
 
 def loss(sizes, params) -> float:
     batch = packed_batch()
     if sizes is not None:
-        batch = jax.device_put(batch, batch_sharding(mesh_of(sizes), ROWS))
+        batch = jax.device_put(batch, batch_sharding(placed_on(sizes), ROWS))
     return float(evaluation(sizes)(params, batch))
 
 
@@ -69,11 +71,11 @@ def test_any_mesh_to_any_other(tmp_path, record_property):
     choose, count = random.Random(0), cases(12, 20)
     pairs = [(a, b) for a in MESHES for b in MESHES]
     for number, (before, after) in enumerate(choose.sample(pairs, count)):
-        workdir, state = tmp_path / str(number), state_on(mesh_of(before))
+        workdir, state = tmp_path / str(number), state_on(placed_on(before))
         save(workdir, state)
-        found = restore(workdir, mesh_of(after))
+        found = restore(workdir, placed_on(after))
         assert_same(found, state)
-        placed = state_shardings(CONFIG, mesh_of(after))
+        placed = state_shardings(CONFIG, placed_on(after))
         if placed is not None:
             assert jax.tree.map(lambda x: x.sharding, found) == placed
         old, new = loss(before, state.params), loss(after, found.params)
@@ -82,10 +84,10 @@ def test_any_mesh_to_any_other(tmp_path, record_property):
 
 
 def test_other_rules_of_sharding(tmp_path, monkeypatch):
-    state = state_on(mesh_of(MESHES[0]))
+    state = state_on(placed_on(MESHES[0]))
     save(tmp_path, state)
     monkeypatch.setitem(sharding.LAYOUTS, "pod", {"dense": ("tensor",), "experts": ("data",)})
-    found = restore(tmp_path, mesh_of(MESHES[0]))
+    found = restore(tmp_path, placed_on(MESHES[0]))
     assert_same(found, state)
     moved = [a.sharding != b.sharding for a, b in zip(
         jax.tree.leaves(found), jax.tree.leaves(state), strict=True

@@ -15,7 +15,7 @@ from tiny_models import TEXT, TOKENIZER, VOCAB_SIZE, write_saved, write_workdir
 from dsv4_jax import InputError, Runtime
 from dsv4_jax.served_model import check_model, open_model
 from dsv4_jax.tokenizer import train_tokenizer
-from dsv4_jax.train_step import init_state
+from dsv4_jax.train_state import init_state
 
 
 @pytest.fixture(scope="module")

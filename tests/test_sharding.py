@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from compiling import quick_jit
 from flax import linen as nn
+from on_mesh import mesh_of
 
 from dsv4_jax import chunks
 from dsv4_jax.collectives import gather_weight
@@ -36,18 +37,11 @@ from dsv4_jax.sharding import (
     SHARED,
     AxisSplit,
     batch_sharding,
-    make_mesh,
     parts_of,
     split_of,
 )
-from dsv4_jax.train_step import (
-    Skips,
-    TrainState,
-    abstract_state,
-    init_state,
-    make_train_step,
-    state_shardings,
-)
+from dsv4_jax.train_state import Skips, TrainState, abstract_state, init_state, state_shardings
+from dsv4_jax.train_step import make_train_step
 
 # Sums over devices round in another order: a few float32 units in the last place.
 TOLERANCE = 1e-5
@@ -199,7 +193,7 @@ def assert_parted(tree, boxed, mesh, split=weight_split, layout=POD) -> int:
 
 @pytest.mark.parametrize(("name", "sizes", "elements", "layout"), CASES)
 def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, layout, monkeypatch):
-    config, mesh = run_config(name), make_mesh(sizes)
+    config, mesh = run_config(name), mesh_of(*sizes)
     config = dataclasses.replace(config, mesh=MeshConfig(layout=layout))
     expected_metrics, expected = one_device(name)
     monkeypatch.setitem(chunks.CHUNK_ELEMENTS, "cpu", elements)
@@ -221,7 +215,7 @@ def test_a_step_on_a_mesh_equals_one_device(name, sizes, elements, layout, monke
 
 
 def test_a_state_is_born_sharded_and_equal():
-    config, mesh = run_config("sparse", "muon"), make_mesh((1, 2, 2, 2))
+    config, mesh = run_config("sparse", "muon"), mesh_of(1, 2, 2, 2)
     state, expected = init_state(config, mesh), init_state(config)
     assert assert_parted(state.params, param_shapes(config.model), mesh) > 20
     for found, value in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
@@ -234,7 +228,7 @@ def test_a_state_is_born_sharded_and_equal():
 
 def test_muon_on_a_mesh_equals_one_device():
     """On stacked layers of experts: what a mesh splits in three ways at once."""
-    config, mesh = run_config("dense", "muon"), make_mesh((1, 2, 2, 2))
+    config, mesh = run_config("dense", "muon"), mesh_of(1, 2, 2, 2)
     boxed = split_trainable(param_shapes(config.model))[0]["pairs"]["csa"]["moe"]
     splits = jax.tree.map(
         lambda weight: moment_split(weight, mesh), boxed,
@@ -258,7 +252,7 @@ def test_muon_on_a_mesh_equals_one_device():
 
 def test_gradients_of_a_gathered_weight_add_up_in_float32():
     """In bfloat16 a sum of ones ends at 256."""
-    mesh, ids = make_mesh((1, 8, 1, 1)), np.zeros(3000, np.int32)
+    mesh, ids = mesh_of(1, 8, 1, 1), np.zeros(3000, np.int32)
     rows = jax.P("fsdp")
 
     def on_device(part):
@@ -274,10 +268,10 @@ def test_gradients_of_a_gathered_weight_add_up_in_float32():
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():
-    with pytest.raises(InputError, match=r"the 8 devices, got data 3 x fsdp 1 .* = 3; change"):
-        make_mesh((3, 1, 1, 1))
+    with pytest.raises(InputError, match=r"the 8 devices, got data 3 x expert 1 .* = 3; change"):
+        mesh_of(3, 1, 1, 1)
     with pytest.raises(InputError, match="= 16; change"):
-        make_mesh((16, 1, 1, 1))
+        mesh_of(16, 1, 1, 1)
 
 
 @pytest.mark.parametrize(("sizes", "changes", "message"), [
@@ -287,7 +281,7 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
 def test_a_mesh_that_does_not_divide_an_axis_is_refused(sizes, changes, message):
     config = run_config("sparse", **changes).model
     with pytest.raises(InputError, match=message) as caught:
-        shardings_of(param_shapes(config), make_mesh(sizes))
+        shardings_of(param_shapes(config), mesh_of(*sizes))
     assert "\n" not in str(caught.value)
 
 
@@ -295,10 +289,10 @@ def test_a_mesh_that_does_not_divide_an_axis_is_refused(sizes, changes, message)
     # Whole experts as long as these suffice, then their width; "tensor" has been used.
     ("pod", "experts | width -> expert_width", (8, 16, 8), ("expert fsdp", "", "tensor")),
     ("pod", "experts | width -> expert_width", (2, 16, 8), ("expert", "fsdp", "tensor")),
-    ("pod", "width -> rank", (16, 8), ("fsdp expert tensor", "")),
-    ("pod", "width -> rank", (12, 8), ("fsdp expert", "tensor")),
+    ("pod", "width -> rank", (16, 8), ("expert fsdp tensor", "")),
+    ("pod", "width -> rank", (12, 8), ("expert fsdp", "tensor")),
     ("pod", "width -> rank", (9, 7), ("", "")),
-    ("pod", "rank -> heads head_width", (8, 4, 8), ("fsdp expert", "tensor", "")),
+    ("pod", "rank -> heads head_width", (8, 4, 8), ("expert fsdp", "tensor", "")),
     ("pod", "width", (16,), ("",)),
     ("pod", "heads", (4,), ("tensor",)),
     ("cluster", "width -> rank", (16, 8), ("fsdp tensor", "")),
@@ -306,18 +300,18 @@ def test_a_mesh_that_does_not_divide_an_axis_is_refused(sizes, changes, message)
 ])
 def test_how_a_weight_is_split(layout, axes, shape, expected):
     names, kinds = parse_axes(axes)
-    split = split_of(names, shape, make_mesh((1, 2, 2, 2)), layout, matrix=IN in kinds)
+    split = split_of(names, shape, mesh_of(1, 2, 2, 2), layout, matrix=IN in kinds)
     assert tuple(" ".join(part.names) for part in split) == expected
 
 
 def test_axes_of_one_device_split_nothing():
-    split = split_of(("width", "heads"), (16, 8), make_mesh((1, 1, 1, 1)), POD, matrix=True)
+    split = split_of(("width", "heads"), (16, 8), mesh_of(1, 1, 1, 1), POD, matrix=True)
     assert [part.names for part in split] == [(), ()]
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match="data x fsdp x expert = 8 .* 'batch' of size 6"):
-        batch_sharding(make_mesh((8, 1, 1, 1)), 6)
+    with pytest.raises(InputError, match="data x expert x fsdp = 8 .* 'batch' of size 6"):
+        batch_sharding(mesh_of(8, 1, 1, 1), 6)
 
 
 def test_every_rule_names_axes_of_the_mesh_and_of_the_model():

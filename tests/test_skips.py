@@ -14,11 +14,13 @@ from fault_cases import cases
 from saved_states import assert_same
 from training_command import committed_steps, result_of, sections_of, write_text
 
-from dsv4_jax import programs, train_step
+from dsv4_jax import programs, stage_model
 from dsv4_jax.checkpoint import check_checkpoint
 from dsv4_jax.errors import InputError
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.faults
 
@@ -60,10 +62,10 @@ def config(tmp_path_factory) -> RunConfig:
 @pytest.fixture(scope="module")
 def step(config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step, "token_nats", poisoned(train_step.token_nats))
-        state = train_step.init_state(config)
+        patch.setattr(stage_model, "token_nats", poisoned(stage_model.token_nats))
+        state = init_state(config)
         batch = {"tokens": np.zeros((4, 32), np.int32)}
-        take = train_step.make_train_step(config, config.stages[0])
+        take = make_train_step(config, config.stages[0])
         return quick_jit(take).lower(state, batch).compile()
 
 
@@ -71,7 +73,7 @@ def test_only_good_batches_move_the_state(config, step, record_property):
     choose, count = random.Random(0), cases(60, 300)
     faults = [choose.choice(FAULTS) for _ in range(count)] + count * [None]
     choose.shuffle(faults)
-    state = other = train_step.init_state(config)
+    state = other = init_state(config)
     total = in_row = 0
     for number, fault in enumerate(faults):
         tokens = np.random.default_rng(number).integers(0, 290, (4, 32)).astype(np.int32)
@@ -99,9 +101,9 @@ def test_without_the_guard_a_bad_batch_ruins_the_state(config, step):
     })
     tokens = np.full((4, 32), NAN_GRADIENT, np.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step, "token_nats", poisoned(train_step.token_nats))
-        take = quick_jit(train_step.make_train_step(unguarded, unguarded.stages[0]))
-        state, _ = take(train_step.init_state(config), {"tokens": tokens})
+        patch.setattr(stage_model, "token_nats", poisoned(stage_model.token_nats))
+        take = quick_jit(make_train_step(unguarded, unguarded.stages[0]))
+        state, _ = take(init_state(config), {"tokens": tokens})
     assert np.isnan(state.params["head"]).all()
 
 

@@ -21,13 +21,15 @@ from compiling import quick_jit
 from fault_cases import cases
 from training_command import MODEL, committed_steps, metrics_of, result_of, sections_of, write_text
 
-from dsv4_jax import programs, train_step
+from dsv4_jax import gradient, programs
 from dsv4_jax.errors import InputError
 from dsv4_jax.feed import Feed
 from dsv4_jax.run_config import RunConfig, SpikeConfig
 from dsv4_jax.spikes import SpikeGuard
+from dsv4_jax.stage_model import make_routing
 from dsv4_jax.train import train
-from dsv4_jax.train_step import LOAD, init_state, make_routing, make_train_step
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import LOAD, make_train_step
 
 F13 = "F13: a loss spike, found within three steps, the end within 1 % of a run without"
 RESUMED = "F13: a run with a spike, cut off and resumed, the same bits"
@@ -276,8 +278,8 @@ class Disturbed:
                 stage = dataclasses.replace(stage, learning_rate=HIGH)
             scale = 1e4 if SCALED in by else 1.0
             with pytest.MonkeyPatch.context() as patch:
-                total = train_step._total
-                patch.setattr(train_step, "_total", lambda *sums: scale * total(*sums))
+                total = gradient.total
+                patch.setattr(gradient, "total", lambda *sums: scale * total(*sums))
                 self.programs[key] = self.original(run, stage, state, batch)
         return self.programs[key]
 

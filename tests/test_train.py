@@ -24,7 +24,8 @@ from dsv4_jax.pace import SPEED
 from dsv4_jax.params import path_name, split_trainable
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.train import train
-from dsv4_jax.train_step import init_state, make_train_step
+from dsv4_jax.train_state import init_state
+from dsv4_jax.train_step import make_train_step
 
 STEPS, CHECKPOINT_EVERY, CUT_OFF = 12, 4, 7
 # The same sum in two halves rounds differently: a few float32 units in the last place.

@@ -14,15 +14,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dsv4_jax.flops import count_flops
 from dsv4_jax.params import merge, split_trainable
 from dsv4_jax.run_config import INDEXER, SPARSE, RunConfig
-from dsv4_jax.train_step import (
-    LOAD,
-    abstract_state,
-    init_state,
-    make_evaluation,
-    make_train_step,
-    optimizer_flops,
-    transformer_of,
-)
+from dsv4_jax.stage_model import make_evaluation, transformer_of
+from dsv4_jax.train_state import abstract_state, init_state
+from dsv4_jax.train_step import LOAD, make_train_step, optimizer_flops
 
 ROUNDING = 1e-5  # ratio: the same float32 sums in another order
 STEPS, DECAY_START = 10, 6

@@ -12,7 +12,7 @@ from dsv4_jax import init_params, save_pretrained
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.tokenizer import TOKENIZER_FILE, train_tokenizer
-from dsv4_jax.train_step import init_state
+from dsv4_jax.train_state import init_state
 
 VOCAB_SIZE = 300
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n" * 3
