@@ -34,8 +34,9 @@ def gather_weight(part: Array, split: Sequence[AxisSplit], dtype: jnp.dtype) -> 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(part: Array, shared: tuple, dtype: jnp.dtype, stored: jnp.dtype) -> Array:
-    # Of stacked layers one at a time: XLA would round all of them before a scan, and keep that.
-    part = jax.lax.optimization_barrier(part).astype(dtype)
+    # XLA would take a mere conversion out of a scan, round all layers before it and keep that.
+    bits = jnp.finfo(dtype)
+    part = jax.lax.reduce_precision(part, bits.nexp, bits.nmant).astype(dtype)
     for axis, names in shared:
         for name in reversed(names):
             part = jax.lax.all_gather(part, name, axis=axis, tiled=True)

@@ -54,8 +54,11 @@ def routed_experts(
     if mesh is None or mesh.shape[AXIS] == 1:
         y = compute(tokens, experts, gates)
     else:
+        # With an even load; a device has room for more.
+        expected = -(-len(tokens) // runtime.expert_waves) * experts.shape[1]
         y = in_waves(
-            compute, tokens, experts, gates, weights.gate.shape[0], mesh,
+            partial(compute, expected=expected),
+            tokens, experts, gates, weights.gate.shape[0], mesh,
             waves=runtime.expert_waves, slack=runtime.expert_slack,
         )
     return sum_over(y, ("tensor",), mesh).astype(x.dtype).reshape(x.shape)
@@ -73,16 +76,20 @@ def _check_groups(width: int, devices: int) -> None:
 
 def _compute_experts(
     x: Float[Array, "t d"], experts: Int[Array, "t a"], gates: Float[Array, "t a"], *,
-    weights: ExpertWeights, limit: float, runtime: Runtime,
+    weights: ExpertWeights, limit: float, runtime: Runtime, expected: int | None = None,
 ) -> Float[Array, "t d"]:
-    """Sum the experts held here; ids past the last of them contribute nothing. float32."""
+    """Sum the experts held here; ids past the last of them contribute nothing. float32.
+
+    Args:
+      expected: ids that are probably of experts held here; None: all.
+    """
     rounded, invariant = runtime.linears != PLAIN, runtime.batch_invariant
     count = weights.gate.shape[0]
     kernel = moe.choose_for(x, experts, weights.gate, runtime.implementation("moe"))
     if kernel != XLA:
         return moe.routed_experts(
             x, experts, gates, *weights, limit=limit, rounded=rounded, invariant=invariant,
-            implementation=kernel,
+            expected=expected, implementation=kernel,
         )
     weights = jax.tree.map(lambda w: w.astype(x.dtype), weights)
     if _form(runtime) == "blocks":

@@ -2,7 +2,9 @@
 
 What lies whole on a device, as experts do, stays there. The parts of other matrices travel to the
 device that a matrix is assigned to, where all of them are worked on, and the result travels back.
-Assignment balances the work; one exchange carries everything there, one carries it back.
+Of a stack of at least as many matrices as devices have parts of it each device takes one at a time,
+turn by turn. What is left is assigned so that the work is balanced; one exchange carries all of it
+there, one carries it back.
 
 Source: report 3, where dense matrices are assigned to ranks by a knapsack; fact sheet 7.
 """
@@ -71,7 +73,7 @@ def directions(
                 continue
             forms = [_form(parts[i].shape, kinds[i], splits[i]) for i in members]
             stacks = [parts[i].reshape(-1, forms[k].size) for k, i in enumerate(members)]
-            results = _of_group(stacks, forms, group, mesh, direction)
+            results = _of_group(stacks, forms, _Group.of(group, mesh), mesh, direction)
             for i, stack in zip(members, results, strict=True):
                 found[i] = stack.reshape(parts[i].shape)
         return tuple(found)
@@ -105,28 +107,79 @@ def _form(shape: tuple[int, ...], kinds: tuple[str, ...], split: tuple[AxisSplit
     return Form(shape[first:], tuple(part.names for part in split[first:]), kinds.count(IN))
 
 
+class _Group(NamedTuple):
+    """The devices along some mesh axes."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], mesh: Mesh) -> _Group:
+        return cls(names, tuple(mesh.shape[name] for name in names))
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.sizes)
+
+    def exchange(self, rows: Float[Array, "ranks size"]) -> Float[Array, "ranks size"]:
+        """Send each row to one device; return what comes, in the order of senders."""
+        return jax.lax.all_to_all(rows, self.names, split_axis=0, concat_axis=0, tiled=True)
+
+
 def _of_group(
-    stacks: Sequence[Float[Array, "count size"]], forms: Sequence[Form], group: tuple[str, ...],
+    stacks: Sequence[Float[Array, "count size"]], forms: Sequence[Form], group: _Group,
     mesh: Mesh, direction: Direction,
 ) -> list[Array]:
     """Return the directions of parts of matrices, each whole on the devices of a group together."""
-    sizes = tuple(mesh.shape[name] for name in group)
+    in_turn = [len(stack) // group.ranks * group.ranks for stack in stacks]
+    rest = [stack[count:] for stack, count in zip(stacks, in_turn, strict=True)]
+    rest = _assigned(rest, forms, group, mesh, direction)
+    out = []
+    for stack, form, count, left in zip(stacks, forms, in_turn, rest, strict=True):
+        found = _by_turns(stack[:count], form, group, direction) if count else stack[:0]
+        out.append(jnp.concatenate([found, left]))
+    return out
+
+
+def _by_turns(
+    stack: Float[Array, "count size"], form: Form, group: _Group, direction: Direction
+) -> Float[Array, "count size"]:
+    """Return the directions of as many matrices for each device of the group, one at a time."""
+
+    def turn(parts: Float[Array, "ranks size"]) -> Float[Array, "ranks size"]:
+        return group.exchange(_work_on(group.exchange(parts), form, group, direction))
+
+    return jax.lax.map(turn, stack.reshape(-1, group.ranks, form.size)).reshape(stack.shape)
+
+
+def _work_on(
+    parts: Float[Array, "ranks size"], form: Form, group: _Group, direction: Direction
+) -> Float[Array, "ranks size"]:
+    whole = direction(join_parts(parts, form, *group)[None])[0]
+    return cut_parts(whole, form, *group)
+
+
+def _assigned(
+    stacks: Sequence[Float[Array, "count size"]], forms: Sequence[Form], group: _Group,
+    mesh: Mesh, direction: Direction,
+) -> list[Float[Array, "count size"]]:
+    """Return the same of any number of matrices, by one exchange in each direction."""
     items = [(i, z) for i, stack in enumerate(stacks) for z in range(len(stack))]
+    if not items:
+        return list(stacks)
     costs = [newton_schulz_flops(*forms[i].matrix(mesh)) for i, _ in items]
-    assigned = [[items[k] for k in own] for own in assign(costs, math.prod(sizes))]
+    assigned = [[items[k] for k in own] for own in assign(costs, group.ranks)]
     sent = _pack([[stacks[i][z] for i, z in own] for own in assigned])
-    exchange = partial(
-        jax.lax.all_to_all, axis_name=group, split_axis=0, concat_axis=0, tiled=True
-    )
-    worked = _work(exchange(sent), assigned, forms, group, sizes, direction)
+    worked = _work(group.exchange(sent), assigned, forms, group, direction)
     places = {
         item: (rank, at) for rank, own in enumerate(assigned)
         for item, at in zip(own, _starts([forms[i].size for i, _ in own]), strict=True)
     }
-    back, out = exchange(worked), []
+    back, out = group.exchange(worked), []
     for i, stack in enumerate(stacks):
         found = [places[i, z] for z in range(len(stack))]
-        out.append(jnp.stack([back[rank, at : at + forms[i].size] for rank, at in found]))
+        parts = [back[rank, at : at + forms[i].size] for rank, at in found]
+        out.append(jnp.stack(parts) if parts else stack)
     return out
 
 
@@ -144,7 +197,7 @@ def _pack(rows: Sequence[Sequence[Float[Array, " n"]]]) -> Float[Array, "ranks s
 
 def _work(
     received: Float[Array, "ranks size"], assigned: Sequence[Sequence[tuple[int, int]]],
-    forms: Sequence[Form], group: tuple[str, ...], sizes: tuple[int, ...], direction: Direction,
+    forms: Sequence[Form], group: _Group, direction: Direction,
 ) -> Float[Array, "ranks size"]:
     """Replace the parts of this rank's matrices by those of their directions, one after another."""
     distinct = list(dict.fromkeys(forms))
@@ -153,12 +206,11 @@ def _work(
         of_own = [forms[i] for i, _ in own]
         kind[rank, : len(own)] = [1 + distinct.index(form) for form in of_own]
         start[rank, : len(own)] = _starts([form.size for form in of_own])
-    kind, start = (jnp.asarray(table)[jax.lax.axis_index(group)] for table in (kind, start))
+    kind, start = (jnp.asarray(table)[jax.lax.axis_index(group.names)] for table in (kind, start))
 
     def replace(form: Form, x, at):
         parts = jax.lax.dynamic_slice_in_dim(x, at, form.size, axis=1)
-        whole = direction(join_parts(parts, form, group, sizes)[None])[0]
-        parts = cut_parts(whole, form, group, sizes)
+        parts = _work_on(parts, form, group, direction)
         return jax.lax.dynamic_update_slice_in_dim(x, parts, at, axis=1)
 
     ways = [lambda x, at: x, *(partial(replace, form) for form in distinct)]

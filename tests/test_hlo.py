@@ -616,6 +616,25 @@ def test_the_longest_branch_counts():
     assert hidden(lines, others) == {"a": pytest.approx(3)}
 
 
+def test_what_is_rare_takes_the_shortest_branch_and_sends_nothing():
+    others = computation("short", f"ROOT {work('s', 1)}") + computation("long", f"""
+        {sends("b", 7, "further")}
+        {work("l", 2)}
+        ROOT {ends("b")}
+    """)
+    lines = [
+        "%i = s32[] parameter(1)", sends("a", 9),
+        "%c = u8[1] conditional(%i, %i, %i), branch_computations={%short, %long}, "
+        'metadata={op_name="jit(f)/further/cond"}', ends("a"),
+    ]
+    found, rare = program("\n".join(lines), others), lambda op_name: "/further/" in op_name
+    assert compute_seconds(found, TPU) == pytest.approx(2)
+    assert compute_seconds(found, TPU, rare) == pytest.approx(1)
+    assert overlap(found, TPU, devices_per_slice=8, rare=rare) == {
+        "collective-permute": (9, pytest.approx(1))
+    }
+
+
 def test_fusions_of_a_chain_hide_its_exchange():
     """The product in the middle takes 2 * 100 * 100 * 200 / 10^6 = 4 s; 2800 bytes take 2.8 s."""
     others, lines, _ = FORMS["in a chain of fusions"]

@@ -43,8 +43,14 @@ MESHES = [(1, 2, 2, 2), (2, 2, 2, 1), (8, 1, 1, 1), (1, 1, 4, 1), (2, 1, 2, 2)]
 direction = functools.partial(orthogonalize, dtype="float32")
 
 
+# Of two layers: fewer matrices than the 4 devices that share each; 2 turns of 4 and 2; one and 2.
+SHARED_EXPERTS = {
+    f"w_{count}": ("experts | width -> expert_width", (count, 16, 8)) for count in (1, 5, 3)
+}
+
+
 def stacked(name: str) -> Weight:
-    axes, shape = WEIGHTS[name]
+    axes, shape = (WEIGHTS | SHARED_EXPERTS)[name]
     names, kinds = parse_axes(axes)
     value = np.random.default_rng(len(name)).normal(size=(2, *shape)).astype(np.float32)
     return Weight(value, names, kinds, normal(1.0)).add_axis(0, {})
@@ -63,7 +69,17 @@ def on_mesh(names, sizes, layout):
 @pytest.mark.parametrize("layout", ["pod", pytest.param("cluster", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_directions_equal_those_of_one_device(sizes, layout):
-    values, kinds, function = on_mesh(WEIGHTS, sizes, layout)
+    check(*on_mesh(WEIGHTS, sizes, layout))
+
+
+def test_directions_of_stacks_of_any_length():
+    """Without whole experts for all devices, these share their widths."""
+    values, kinds, function = on_mesh(SHARED_EXPERTS, (1, 4, 1, 1), "pod")
+    assert {value.sharding.spec[1:3] for value in values} == {(None, "fsdp")}
+    check(values, kinds, function)
+
+
+def check(values, kinds, function):
     for value, own, found in zip(values, kinds, quick_jit(function)(values), strict=True):
         expected = direction(as_matrices(np.asarray(value), own)).reshape(value.shape)
         assert np.abs(found - expected).max() <= ROUNDING * np.abs(expected).max()

@@ -32,7 +32,16 @@ class Timed(NamedTuple):
     hidden: float  # of these, those in which the device computes, too
 
 
-def timed_collectives(program: Program, chip: Chip, devices_per_slice: int) -> list[Timed]:
+Rare = Callable[[str], bool]  # of an `op_name`
+
+
+def _nothing(op_name: str) -> bool:
+    return False
+
+
+def timed_collectives(
+    program: Program, chip: Chip, devices_per_slice: int, rare: Rare = _nothing
+) -> list[Timed]:
     """Return how long each collective takes, and how much of that is hidden.
 
     A collective takes the bytes that a device sends over the speed of the network. It can hide
@@ -40,8 +49,13 @@ def timed_collectives(program: Program, chip: Chip, devices_per_slice: int) -> l
     with the time of a roofline. Of several collectives at once each second of computation hides one
     second of one of them: of that which is waited for first. What computation hides in a loop it
     does not hide around the loop. A synchronous collective hides nothing.
+
+    Args:
+      rare: says of what a program seldom does: of conditionals that come from there the shortest
+        branch counts, of others the longest, and the collectives there are left out.
     """
-    return _Schedule(program, chip, collectives(program, devices_per_slice)).results()
+    found = [x for x in collectives(program, devices_per_slice) if not rare(x.op_name)]
+    return _Schedule(program, chip, found, rare).results()
 
 
 def overlap(
@@ -50,14 +64,16 @@ def overlap(
     *,
     devices_per_slice: int,
     chosen: Callable[[Collective], bool] = lambda collective: True,
+    rare: Rare = _nothing,
 ) -> dict[str, Overlap]:
     """Return for each kind of collective how long it takes, and how much of that is hidden.
 
     Args:
       chosen: says which collectives to report; the others hide behind the computation all the same.
+      rare: as in `timed_collectives`.
     """
     totals: dict[str, Overlap] = {}
-    for collective, seconds, hidden in timed_collectives(program, chip, devices_per_slice):
+    for collective, seconds, hidden in timed_collectives(program, chip, devices_per_slice, rare):
         if chosen(collective):
             before = totals.get(collective.kind, Overlap(0.0, 0.0))
             totals[collective.kind] = Overlap(before.seconds + seconds, before.hidden + hidden)
@@ -70,9 +86,13 @@ def total(overlaps: Iterable[Overlap]) -> Overlap:
     return Overlap(sum(x.seconds for x in overlaps), sum(x.hidden for x in overlaps))
 
 
-def compute_seconds(program: Program, chip: Chip) -> float:
-    """Return how long a program computes at least, by a roofline of each instruction."""
-    return _Schedule(program, chip, []).compute(program.computations[program.entry])
+def compute_seconds(program: Program, chip: Chip, rare: Rare = _nothing) -> float:
+    """Return how long a program computes at least, by a roofline of each instruction.
+
+    Args:
+      rare: as in `timed_collectives`.
+    """
+    return _Schedule(program, chip, [], rare).compute(program.computations[program.entry])
 
 
 def network_seconds(collective: Collective, chip: Chip) -> float:
@@ -84,8 +104,9 @@ def network_seconds(collective: Collective, chip: Chip) -> float:
 class _Schedule:
     """A program run instruction by instruction, in the order of its text."""
 
-    def __init__(self, program: Program, chip: Chip, found: Iterable[Collective]):
+    def __init__(self, program: Program, chip: Chip, found: Iterable[Collective], rare: Rare):
         self._program, self._chip, self._costs = program, chip, Costs(program, chip)
+        self._rare = rare
         self._found: dict[str, list[Collective]] = {}
         for collective in found:
             self._found.setdefault(collective.computation, []).append(collective)
@@ -117,15 +138,13 @@ class _Schedule:
     def _seconds(
         self, computation: Computation, x: Instruction, inside: Callable[[Computation], float]
     ) -> float:
-        """Return the seconds of an instruction, given those of computations.
-
-        Of a conditional they are those of its longest branch.
-        """
+        """Return the seconds of an instruction, given those of computations."""
         if x.opcode == "while":
             trips = assumed_trips(self._program, computation, x)
             return trips * sum(map(inside, self._program.called_by(x)))
         if x.opcode == "conditional":
-            return max(map(inside, self._program.called_by(x)))
+            pick = min if self._rare(x.op_name) else max
+            return pick(map(inside, self._program.called_by(x)))
         if x.opcode == "call":
             return sum(map(inside, self._program.called_by(x)))
         return self._costs.seconds(computation, x)

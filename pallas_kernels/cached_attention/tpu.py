@@ -19,6 +19,7 @@ from pallas_kernels.blocks import pad_axes
 from pallas_kernels.cached_attention.formats import GROUP, Form
 from pallas_kernels.cached_attention.index import Ring, Steps, sees_new
 from pallas_kernels.codes import powers
+from pallas_kernels.cost import estimate
 from pallas_kernels.sparse_attention.tpu_queries import fold_softmax, numbers_of, product
 from pallas_kernels.target import TPU, target_platform
 
@@ -112,6 +113,7 @@ def attend(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=estimate(4 * q.size * (keys.shape[1] + blocks * ENTRIES), *operands, q),
         interpret=target_platform() != TPU,
         name="attend_cached",
     )(*numbers, *operands)

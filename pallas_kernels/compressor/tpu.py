@@ -52,13 +52,15 @@ def forward(x: Operands, form: Form) -> Float[Array, "b c k"]:
             out[:, : sizes.tail] = plain.astype(out.dtype)
         out[:, sizes.tail :] = tail.astype(out.dtype)
 
+    operands = arrays(fit(x, sizes))
+    shape = jax.ShapeDtypeStruct((b, sizes.blocks * entries, sizes.lanes), form.dtype)
     result = pl.pallas_call(
         kernel, grid=(b, sizes.blocks), in_specs=specs(sizes, lambda i: i),
         out_specs=pl.BlockSpec((None, entries, sizes.lanes), lambda b, i: (b, i, 0)),
-        out_shape=jax.ShapeDtypeStruct((b, sizes.blocks * entries, sizes.lanes), form.dtype),
+        out_shape=shape,
         scratch_shapes=[*token_scratch(sizes), floats(entries, sizes.lanes)],
-        **options("compress", "parallel"),
-    )(*arrays(fit(x, sizes)))
+        **options("compress", "parallel", operands, shape),
+    )(*operands)
     return result[:, :c, : sizes.width]
 
 

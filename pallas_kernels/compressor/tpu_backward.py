@@ -92,6 +92,8 @@ def gradients(
 
     tokens = of(sizes.rows.tokens, series * k)
     shapes = Grads(fitted.values.shape, fitted.gates.shape, (b, *fitted.bias.shape), (b, 1, k))
+    outputs = Grads(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    operands = (*arrays(fitted), grad)
     grads = Grads(*pl.pallas_call(
         kernel, grid=(b, sizes.blocks), in_specs=[*specs(sizes, place), of(entries, k)],
         out_specs=Grads(
@@ -99,10 +101,10 @@ def gradients(
             pl.BlockSpec((None, *fitted.bias.shape), lambda b, i: (b, 0, 0, 0)),
             pl.BlockSpec((None, 1, k), lambda b, i: (b, 0, 0)),
         ),
-        out_shape=Grads(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)),
+        out_shape=outputs,
         scratch_shapes=[*token_scratch(sizes), *[floats(entries, k)] * 3, floats(3, 1, k)],
-        **options("compress_gradients", "arbitrary"),
-    )(*arrays(fitted), grad))
+        **options("compress_gradients", "arbitrary", operands, outputs),
+    )(*operands))
     rows = (g[:, :t].reshape(b, t, series, k)[..., :width] for g in grads[:2])
     bias = jnp.sum(grads.bias.reshape(b, series, -1, sizes.rows.ratio, k), axis=(0, 2))
     bias = bias.swapaxes(0, 1)[..., :width]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.blocks import largest_block, pad_axes
 from pallas_kernels.compressor.form import Operands
 from pallas_kernels.compressor.index import SUBLANES, Rows
+from pallas_kernels.cost import estimate
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.target import TPU, target_platform
 
@@ -138,9 +139,15 @@ def floats(*shape: int):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def options(name: str, steps: str) -> dict:
-    """Return what all kernels are called with; `steps` says how blocks of entries follow."""
+def options(name: str, steps: str, *arrays) -> dict:
+    """Return what all kernels are called with.
+
+    Args:
+      steps: says how blocks of entries follow.
+      arrays: trees of those that are read and written.
+    """
     return {
+        "cost_estimate": estimate(0, *arrays),
         "compiler_params": pltpu.CompilerParams(
             dimension_semantics=("parallel", steps), vmem_limit_bytes=MEMORY
         ),

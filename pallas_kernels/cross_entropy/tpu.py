@@ -9,6 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import largest_block, pad_axes
+from pallas_kernels.cost import estimate
 from pallas_kernels.cross_entropy.index import LANES, LogitGrid, Tile
 from pallas_kernels.cross_entropy.tiles import LogitTiles
 from pallas_kernels.index_math import cdiv
@@ -100,6 +101,10 @@ def logit_tiles(
     column = pl.BlockSpec((tile.rows, 1), grid.column_of_tokens)
     lanes = cdiv(count, LANES) * LANES
     shape = jax.ShapeDtypeStruct((t, lanes), jnp.float32)
+    if exps:
+        kept = jax.ShapeDtypeStruct((t, v), hidden.dtype)
+    else:
+        kept = jax.ShapeDtypeStruct((t, lanes), jnp.int32)
     *found, target, written = pl.pallas_call(
         kernel,
         grid=grid.grid,
@@ -114,14 +119,13 @@ def logit_tiles(
             pl.BlockSpec(tile, grid.logits) if exps else statistic,
         ),
         out_shape=(
-            shape, shape, jax.ShapeDtypeStruct((t, 1), jnp.float32),
-            jax.ShapeDtypeStruct((t, v), hidden.dtype) if exps
-            else jax.ShapeDtypeStruct((t, lanes), jnp.int32),
+            shape, shape, jax.ShapeDtypeStruct((t, 1), jnp.float32), kept,
         ),
         scratch_shapes=[pltpu.VMEM(tile, jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
+        cost_estimate=estimate(2 * t * d * v, hidden, head, kept),
         interpret=target_platform() != TPU,
         name="logit_tiles",
     )(hidden, head, targets[:, None])
@@ -158,6 +162,7 @@ def errors(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
+        cost_estimate=estimate(0, exps, exps),
         interpret=target_platform() != TPU,
         name="errors",
     )(exps, pad_axes(factors, {1: LANES}), targets[:, None], own[:, None])

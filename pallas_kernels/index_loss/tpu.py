@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.cost import estimate
 from pallas_kernels.index_loss.parts import Inputs, Slopes, Sums
 from pallas_kernels.index_loss.reference import LOWEST
 from pallas_kernels.index_loss.tpu_blocks import (
@@ -185,6 +186,8 @@ def _call(
     )
     b, t = x.q.shape[:2]
     columns = [(y.shape[3], 1) for y in (x.log_total, x.head_weights)]
+    # Half of the entries come before a query.
+    products = x.q.size + x.queries.size * (1 if x.slopes is None else 2)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -198,6 +201,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=estimate(products * x.entries.shape[1], x, outputs),
         interpret=target_platform() != TPU,
         name=name,
     )(*span, x)

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.cost import estimate
 from pallas_kernels.index_loss.tpu_blocks import (
     MEMORY,
     Fitted,
@@ -76,6 +77,8 @@ def key_gradient(x: Fitted, span: Span, blocks: Blocks, scale: float) -> Float[A
         None if x.words is None else pl.BlockSpec((None, blocks.queries, LANES), of_words),
         of_queries(x.slopes),
     )
+    # Half of the entries come before a query.
+    flops = (x.q.size + 2 * x.queries.size) * x.keys.shape[1]
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -89,6 +92,7 @@ def key_gradient(x: Fitted, span: Span, blocks: Blocks, scale: float) -> Float[A
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=estimate(flops, x, x.keys),
         interpret=target_platform() != TPU,
         name="index_key_gradient",
     )(*query_blocks(*span, count), x)

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.cost import estimate
 from pallas_kernels.indexer.index import Steps
 from pallas_kernels.indexer.order import NONE, sortable, threshold, tie_bound, to_bfloat16
 from pallas_kernels.sparse_attention.index import first_block, last_block
@@ -107,6 +108,8 @@ def select(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        # Of entries that come before a query: half of all.
+        cost_estimate=estimate(x.queries.size * x.keys.shape[1], x, shape),
         interpret=target_platform() != TPU,
         name="select_entries",
     )(x.begin, x.last, x.queries, x.weights, x.numbers, x.keys)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axes
 from pallas_kernels.codes import BYTES, GROUP, powers, value
+from pallas_kernels.cost import estimate
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.indexer.index import Steps, Tiled
 from pallas_kernels.indexer.keys import even_first, is_packed
@@ -115,6 +116,7 @@ def select_stored(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=estimate(2 * queries.size * stored.shape[1], queries, stored),
         interpret=target_platform() != TPU,
         name="select_stored",
     )(last, queries, weights, end[..., None], stored)

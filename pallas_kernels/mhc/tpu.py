@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import largest_block, pad_axes
+from pallas_kernels.cost import estimate
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.mhc.gates import (
     Affine,
@@ -168,12 +169,14 @@ def forward(
         for rows in (gating.written, gating.logits + 1):
             shape = (plan.blocks.tokens, rounded(rows), plan.block)
             outputs.append((shape, jnp.float32, plan.gates_spec(shape[1])))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
+    flops = 2 * x.size * gating.logits * (mixing is not None)
     results = list(pl.pallas_call(
         _forward_kernel(plan, written is not None, mixing is not None),
         grid=(plan.blocks.tokens,),
         in_specs=specs,
         out_specs=[spec for *_, spec in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
+        out_shape=shapes,
         scratch_shapes=[
             *[pltpu.VMEM((plan.block, LANES), jnp.float32)] * (mixing is not None),
             pltpu.VMEM((gating.written, plan.block, LANES), jnp.float32),
@@ -182,6 +185,7 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
+        cost_estimate=estimate(flops, operands, shapes),
         interpret=target_platform() != TPU,
         name=f"streams_{'write' * (written is not None)}{'read' * (mixing is not None)}",
     )(*operands))

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.cost import estimate
 from pallas_kernels.mhc.gates import Affine, Gating, gate_gradients, matrix_of
 from pallas_kernels.mhc.streams import expand, expand_gradient, for_product, split
 from pallas_kernels.mhc.tpu import (
@@ -96,16 +97,19 @@ def backward(
         shape = (plan.blocks.tokens, rows, plan.block)
         outputs.append((shape, jnp.float32, plan.gates_spec(rows)))
     name = f"streams_{'write' * (written is not None)}{'read' * (mixing is not None)}_gradient"
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
+    flops = 4 * x.size * gating.logits * (mixing is not None)
     results = list(pl.pallas_call(
         _kernel(plan, written is not None, mixing is not None, x.dtype),
         grid=(plan.blocks.tokens,),
         in_specs=specs,
         out_specs=[spec for *_, spec in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
+        out_shape=shapes,
         scratch_shapes=_scratch(plan, written is not None, mixing is not None),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
         ),
+        cost_estimate=estimate(flops, operands, shapes),
         interpret=target_platform() != TPU,
         name=name,
     )(*operands))

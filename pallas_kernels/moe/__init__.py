@@ -34,6 +34,7 @@ class _How(NamedTuple):
     limit: float
     rounded: bool
     rows: int  # of a block
+    expected: int | None  # choices that are probably experts
 
     @property
     def kernels(self):
@@ -46,7 +47,8 @@ class _How(NamedTuple):
 def routed_experts(
     x: Float[Array, "t d"], experts: Int[Array, "t a"], weights: Float[Array, "t a"],
     gate: Float[Array, "e d f"], up: Float[Array, "e d f"], down: Float[Array, "e f d"], *,
-    limit: float, rounded: bool = False, invariant: bool = False, implementation: str = AUTO,
+    limit: float, rounded: bool = False, invariant: bool = False, expected: int | None = None,
+    implementation: str = AUTO,
 ) -> Float[Array, "t d"]:
     """Return the weighted sum of each token's experts, float32.
 
@@ -59,6 +61,8 @@ def routed_experts(
       rounded: multiply tokens, and the hidden layer, rounded to FP8; gradients pass straight
         through.
       invariant: cut the work up alike whatever the number of tokens.
+      expected: choices that are probably experts; None: all. The compiler is told that these take
+        time, whatever is chosen.
     Raises:
       ValueError: there is no such implementation, or the arrays do not fit together.
     """
@@ -71,7 +75,7 @@ def routed_experts(
         )
     rows = INVARIANT if invariant else block_rows(experts.size, gate.shape[0])
     return _routed_experts(
-        x, experts, weights, gate, up, down, _How(chosen, limit, rounded, rows)
+        x, experts, weights, gate, up, down, _How(chosen, limit, rounded, rows, expected)
     )
 
 
@@ -115,7 +119,7 @@ def _routed_experts(x, experts, weights, gate, up, down, how: _How):
 
 def _run(x, experts, weights, gate, up, down, how: _How, *, keep):
     kernels, d = how.kernels, x.shape[1]
-    plan = make_plan(experts, gate.shape[0], how.rows)
+    plan = make_plan(experts, gate.shape[0], how.rows, how.expected)
     padded, share = _pad(how.before_product(x), kernels), shares(weights, plan)
     matrices = [_pad(w.astype(x.dtype), kernels) for w in (gate, up, down)]
     hidden, *kept = kernels.hidden(padded, plan, share, *matrices[:2], limit=how.limit, keep=keep)

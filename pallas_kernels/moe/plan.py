@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +18,11 @@ INVARIANT = 64  # where it may not depend on the number of rows
 LINE, PART = 128, 2**15  # slots counted by one product, and at a time
 
 
-class Plan(NamedTuple):
+@partial(jax.tree_util.register_dataclass, meta_fields=["expected"], data_fields=[
+    "source", "token", "place", "owner", "first", "used",
+])
+@dataclasses.dataclass(frozen=True)
+class Plan:
     """Where each slot stands among rows grouped by expert, and whose each block is.
 
     `source` and `place` are inverse to each other; an index past the end means "nothing".
@@ -28,6 +34,15 @@ class Plan(NamedTuple):
     owner: Int[Array, " blocks"]  # expert of each block; that of the last, for blocks of nobody
     first: Int[Array, " e+1"]  # first block of each expert; the last entry is `used`
     used: Int[Array, " 1"]  # blocks that are somebody's: all before the others
+    expected: int  # slots that are probably somebody's: compilers are told that these take time
+
+    def expected_rows(self, size: int) -> int:
+        """Return the rows of blocks of this size that are probably computed.
+
+        The last block of an expert is half empty on average.
+        """
+        count = self.first.size - 1
+        return min(self.source.size, self.expected + count * size // 2)
 
 
 class Visits(NamedTuple):
@@ -47,8 +62,14 @@ def block_rows(slots: int, experts: int) -> int:
     return max(SMALLEST, min(LARGEST, 2 ** (mean.bit_length() - 1)))
 
 
-def make_plan(experts: Int[Array, "t a"], count: int, size: int) -> Plan:
-    """Give every expert whole blocks of `size` rows. An id outside 0...count-1 stands for none."""
+def make_plan(
+    experts: Int[Array, "t a"], count: int, size: int, expected: int | None = None
+) -> Plan:
+    """Give every expert whole blocks of `size` rows. An id outside 0...count-1 stands for none.
+
+    Args:
+      expected: slots that are probably somebody's; None: all.
+    """
     grouped, (tokens, choices) = Grouped(size), experts.shape
     slots = experts.size
     blocks = grouped.most_blocks(slots, count)
@@ -65,7 +86,8 @@ def make_plan(experts: Int[Array, "t a"], count: int, size: int) -> Plan:
     used = first[-1:]
     wanted = grouped.live(jnp.arange(blocks, dtype=jnp.int32), used)
     owner = jnp.minimum(_below(wanted + 1, ends), count - 1)
-    return Plan(source, source // choices, place, owner, first, used)
+    expected = slots if expected is None else expected
+    return Plan(source, source // choices, place, owner, first, used, expected)
 
 
 def ranks(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import largest_block
 from pallas_kernels.codes import BYTES, powers
+from pallas_kernels.cost import estimate
 from pallas_kernels.moe.formats import Fp4, decode
 from pallas_kernels.moe.index import Grouped
 from pallas_kernels.moe.plan import Plan, dispatch, make_visits
@@ -155,9 +156,14 @@ def _by_block(
     if sums:
         shapes.append(jax.ShapeDtypeStruct((columns // width, rows, 1), jnp.float32))
         out_specs.append(pl.BlockSpec((None, grouped.size, 1), grouped.part_at))
+    steps = columns // width
+    filled = plan.expected_rows(grouped.size)
+    read = [jax.ShapeDtypeStruct((filled, y.shape[1]), y.dtype) for y in (*lefts * steps, *others)]
+    written = [jax.ShapeDtypeStruct((filled, columns), y.dtype) for y in shapes]
+    cost = estimate(2 * filled * inner * columns * count, read, matrices, written)
     specs = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(columns // width, blocks),
+        grid=(steps, blocks),
         in_specs=[
             *[pl.BlockSpec((grouped.size, inner), grouped.rows_at)] * len(lefts),
             *weight_specs,
@@ -168,7 +174,7 @@ def _by_block(
         scratch_shapes=scratch,
     )
     operands = (plan.owner, plan.used, *lefts, *matrices, *spread, *others)
-    return _call(name, kernel, specs, shapes, operands)
+    return _call(name, kernel, specs, shapes, operands, cost)
 
 
 def _spread(inner: int) -> Array:
@@ -264,12 +270,17 @@ def weight_gradients(
         scratch_shapes=[pltpu.VMEM((height, width), jnp.float32)] * len(rights),
     )
     shape = jax.ShapeDtypeStruct((plan.first.size - 1, inner, outer), dtype)
-    return _call(
-        "expert_weight_gradients", kernel, specs, [shape] * len(rights), (*visits, left, *rights)
-    )
+    shapes, filled = [shape] * len(rights), plan.expected_rows(grouped.size)
+    read = [jax.ShapeDtypeStruct((filled, y.shape[1]), y.dtype)
+            for y in (left,) * (outer // width) + rights * (inner // height)]
+    cost = estimate(2 * filled * inner * outer * len(rights), read, shapes)
+    operands = (*visits, left, *rights)
+    return _call("expert_weight_gradients", kernel, specs, shapes, operands, cost)
 
 
-def _call(name: str, kernel: Callable, specs, shapes, operands) -> list[Array]:
+def _call(
+    name: str, kernel: Callable, specs, shapes, operands, cost: pl.CostEstimate
+) -> list[Array]:
     """Run the steps of the last axis in their order, for results stay until all of them passed."""
     order = ("parallel",) * (len(specs.grid) - 1) + ("arbitrary",)
     return pl.pallas_call(
@@ -279,6 +290,7 @@ def _call(name: str, kernel: Callable, specs, shapes, operands) -> list[Array]:
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=order, vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=cost,
         interpret=target_platform() != TPU,
         name=name,
     )(*operands)

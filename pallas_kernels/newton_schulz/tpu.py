@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.blocks import largest_block, pad_axes
+from pallas_kernels.cost import estimate
 from pallas_kernels.newton_schulz.index import Triangle
 from pallas_kernels.target import TPU, target_platform
 
@@ -79,12 +80,13 @@ def symmetric_product(
         pl.BlockSpec((None, block, block), triangle.own),
     )
     operands = (x, x) if add is None else (x, x, pad_axes(add, {1: block, 2: block}))
+    shape = jax.ShapeDtypeStruct((stack, x.shape[1], x.shape[1]), x.dtype)
     out = pl.pallas_call(
         kernel,
         grid=(stack, *triangle.grid, steps),
         in_specs=specs[: len(operands)],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        out_shape=jax.ShapeDtypeStruct((stack, x.shape[1], x.shape[1]), x.dtype),
+        out_shape=shape,
         scratch_shapes=[
             pltpu.VMEM((block, block), jnp.float32),
             pltpu.VMEM((block, block), x.dtype),
@@ -95,6 +97,8 @@ def symmetric_product(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=MEMORY,
         ),
+        # Half of the square, as it is symmetric.
+        cost_estimate=estimate(x.shape[0] * x.shape[1] ** 2 * x.shape[2], x, shape),
         interpret=target_platform() != TPU if interpret is None else interpret,
         name="symmetric_product",
     )(*operands)

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.cost import estimate
 from pallas_kernels.sparse_attention.index import Blocks
 from pallas_kernels.sparse_attention.tpu_queries import (
     LANES,
@@ -149,6 +150,9 @@ def _call(
     wide = pl.BlockSpec((None, queries, h, k), of_queries)
     number = pl.BlockSpec((None, None, 1, own_rows), of_queries)
     width = min(LANES, seen[0].shape[2])
+    # Four products. Of the entries, half come before a query.
+    pairs = kv.shape[0] * kv.shape[1] * steps * own_rows // (2 if prefetched else 1)
+    operands = kv, x.q, rows.grad, *(by_block(y, own_rows) for y in rows[:2]), *seen
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -165,6 +169,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=estimate(8 * k * pairs, operands, kv),
         interpret=target_platform() != TPU,
         name="key_gradient",
-    )(*prefetched, kv, x.q, rows.grad, *(by_block(y, own_rows) for y in rows[:2]), *seen)
+    )(*prefetched, *operands)

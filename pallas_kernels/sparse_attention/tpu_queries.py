@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.blocks import pad_axes
+from pallas_kernels.cost import estimate
 from pallas_kernels.index_math import cdiv
 from pallas_kernels.sparse_attention.index import Blocks, first_block, last_block
 from pallas_kernels.sparse_attention.seen import Seen, pack_chosen
@@ -118,7 +119,7 @@ def attend(
 
     sinks = by_block(jnp.broadcast_to(x.sink, x.q.shape[:3]), rows)
     out, log_total = _call(
-        kernel, x, blocks, [sinks], name="attend", outputs=[x.q, None],
+        kernel, x, blocks, [sinks], name="attend", products=2, outputs=[x.q, None],
         scratch=[(rows, 1), (rows, 1), (rows, x.q.shape[-1])],
     )
     return out, log_total.reshape(x.q.shape[:3])
@@ -157,7 +158,7 @@ def query_gradient(
 
     own = [grad, by_block(log_total, rows), by_block(drop, rows)]
     (out,) = _call(
-        kernel, x, blocks, own, name="query_gradient", outputs=[x.q],
+        kernel, x, blocks, own, name="query_gradient", products=3, outputs=[x.q],
         scratch=[(rows, 1), (rows, 1), (rows, x.q.shape[-1])],
     )
     return out
@@ -221,11 +222,14 @@ def chosen_of(words: Int[Array, "q 128"], first_bit, entries: int):
     return jnp.concatenate(bits, axis=1) == 1
 
 
-def _call(kernel, x: Fitted, blocks: Blocks, own, *, name: str, outputs, scratch) -> list[Array]:
+def _call(
+    kernel, x: Fitted, blocks: Blocks, own, *, name: str, products: int, outputs, scratch
+) -> list[Array]:
     """Run a kernel for each block of queries, step by step over the keys and entries it sees.
 
     Args:
       own: what belongs to blocks of queries, beside q itself.
+      products: matrix products of queries, as wide as q, with what they see.
       outputs: an array shaped as each output; None: one number for each head.
     """
     b, t, h, k = x.q.shape
@@ -264,6 +268,9 @@ def _call(kernel, x: Fitted, blocks: Blocks, own, *, name: str, outputs, scratch
 
         operands.append(x.words)
         specs.append(pl.BlockSpec((None, queries, LANES), word_block))
+    # Windows are read in whole blocks; half of the entries come before a query.
+    seen = blocks.window_steps * blocks.keys
+    seen += 0 if x.entries is None else x.entries.shape[1] // 2
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -277,6 +284,7 @@ def _call(kernel, x: Fitted, blocks: Blocks, own, *, name: str, outputs, scratch
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY
         ),
+        cost_estimate=estimate(2 * products * x.q.size * seen, operands, shapes),
         interpret=target_platform() != TPU,
         name=name,
     )(x.first, x.last, *operands)
