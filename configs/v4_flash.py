@@ -3,15 +3,44 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dsv4_jax.recipe import Recipe, with_recipe
 
-def get_config() -> ConfigDict:
+# Of the 256 experts of a layer a device keeps 2 or 1 whole, for which Muon needs nothing of others.
+# All work in bfloat16: FP8 is only simulated here, which takes time and memory.
+RECIPES = {
+    "v5p": Recipe(
+        expert=64, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="128 chips hold the state in a third of their memory. Tokens travel within 64 chips "
+        "(4 x 4 x 4); half of 4 experts comes from a neighbour",
+    ),
+    "v6e": Recipe(
+        expert=128, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="A slice has 256 chips of 31 GiB, and a copy takes all of them. Slices share the rows "
+        "and the optimizer's state",
+    ),
+    "tpu7x": Recipe(
+        expert=64, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="As v5p: a device, half of a chip, has as much memory; fsdp is the halves of a chip",
+    ),
+    "h100": Recipe(
+        expert=16, fsdp=8, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="Weights are gathered by NVLink within hosts of 8; between hosts travel tokens, and "
+        "of the dense weights an eighth for each GPU",
+    ),
+}
+
+
+def get_config(cluster: str = "") -> ConfigDict:
     """Return the run config of pre-training.
 
-    The mesh, the micro-batches and the data are the user's to set; "unpublished" marks values
-    that the report does not give.
+    The data are the user's to set; "unpublished" marks values that the report does not give.
+
+    Args:
+      cluster: devices as in `v5p-512`, for which `RECIPES` has a mesh and micro-batches; without,
+        these are the user's to set, too.
     Source: official config.json; report sections 4.2.1 and 4.2.2.
     """
-    return ConfigDict({
+    return with_recipe(ConfigDict({
         "model": _model(),
         "runtime": {
             "dtype": "bfloat16",
@@ -83,7 +112,7 @@ def get_config() -> ConfigDict:
             "most_rollbacks": 3,
         },
         "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "layout": "pod"},
-    }).lock()
+    }), RECIPES, cluster)
 
 
 def _stages() -> dict:

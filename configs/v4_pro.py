@@ -3,15 +3,41 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dsv4_jax.recipe import Recipe, with_recipe
 
-def get_config() -> ConfigDict:
+# Of the 384 experts of a layer a device keeps parts of 3: more devices than experts share them.
+# All work in bfloat16: FP8 is only simulated here, which takes time and memory. v6e has no recipe:
+# the state is 12.8 TB, more than the 8 TB of a slice of 256, and between slices is too little speed
+# to gather weights.
+RECIPES = {
+    "v5p": Recipe(
+        expert=128, fsdp=4, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="The state, gradients and their sums over micro-batches take half of the memory of "
+        "512 chips. Powers of two, as topologies have: 384 experts for each chip one would not fit",
+    ),
+    "tpu7x": Recipe(
+        expert=128, fsdp=4, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="As v5p: a device, half of a chip, has as much memory; 2 chips share an expert",
+    ),
+    "h100": Recipe(
+        expert=128, fsdp=8, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        reason="Weights are gathered by NVLink within hosts of 8; between hosts travel tokens, and "
+        "of the dense weights an eighth for each GPU. 512 GPUs would not hold the gradients",
+    ),
+}
+
+
+def get_config(cluster: str = "") -> ConfigDict:
     """Return the run config of pre-training.
 
-    The mesh, the micro-batches and the data are the user's to set; "unpublished" marks values
-    that the report does not give.
+    The data are the user's to set; "unpublished" marks values that the report does not give.
+
+    Args:
+      cluster: devices as in `v5p-512`, for which `RECIPES` has a mesh and micro-batches; without,
+        these are the user's to set, too.
     Source: official config.json; report sections 4.2.1 and 4.2.2.
     """
-    return ConfigDict({
+    return with_recipe(ConfigDict({
         "model": _model(),
         "runtime": {
             "dtype": "bfloat16",
@@ -83,7 +109,7 @@ def get_config() -> ConfigDict:
             "most_rollbacks": 3,
         },
         "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "layout": "pod"},
-    }).lock()
+    }), RECIPES, cluster)
 
 
 def _stages() -> dict:

@@ -1,8 +1,9 @@
-"""Options of the compiler: programs that are faster, and that add in the same order every time."""
+"""Options of the compiler: for speed, for equal sums each time, for exchange beside products."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import jax
 
@@ -30,21 +31,48 @@ def inference_options() -> dict[str, str] | None:
 # other products at each compilation by timing them. This sorts before it adds, and times nothing.
 _DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
+
+
+class MeshOption(NamedTuple):
+    """An option for programs that run on many devices."""
+
+    platform: str  # "tpu" or "gpu"
+    name: str
+    value: str | bool
+    reason: str
+
+
+# What dsv4_jax/hlo/overlap.py finds with and without them is in docs/scaling.md.
+MESH_OPTIONS = (
+    MeshOption(
+        "tpu", "xla_tpu_enable_async_ragged_all_to_all", "true",
+        "tokens travel to and from their experts while a wave is computed; libtpu 0.0.42 waits",
+    ),
+)
+
+
 # A scatter of floating-point numbers, alone or in a tuple; of whole ones any order is exact.
 _SCATTER = re.compile(r"= [^=]*\b(?:bf|f|c)\d+\w*\[[^=]* scatter\(")
 
 
-def compiler_options(*, deterministic: bool = True) -> dict[str, str | bool] | None:
+def compiler_options(
+    *, deterministic: bool = True, on_mesh: bool = False, platform: str | None = None
+) -> dict[str, str | bool] | None:
     """Return what to pass to `jax.jit` as `compiler_options` for steps and evaluations.
 
     Args:
       deterministic: the same inputs give the same bits, at every call and in every process. On CPU
         and TPU they do in any case.
+      on_mesh: several devices run the program.
+      platform: "cpu", "gpu" or "tpu"; None: that of the devices here.
     """
-    backend = jax.default_backend()
-    if backend == "cpu" and jax.__version_info__ < (0, 11):
-        return _PRODUCTS_ONLY
-    return _DETERMINISTIC if backend == "gpu" and deterministic else None
+    platform = platform or jax.default_backend()
+    if platform == "cpu":
+        return _PRODUCTS_ONLY if jax.__version_info__ < (0, 11) else None
+    options = dict(_DETERMINISTIC) if platform == "gpu" and deterministic else {}
+    if on_mesh:
+        options |= {x.name: x.value for x in MESH_OPTIONS if x.platform == platform}
+    return options or None
 
 
 def check_deterministic(program: str) -> None:

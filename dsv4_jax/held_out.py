@@ -33,7 +33,7 @@ class HeldOut:
         )
         self._nats = jax.jit(
             make_evaluation(run.config, stage, run.mesh),
-            compiler_options=options_of(run.config),
+            compiler_options=options_of(run.config, run.mesh),
         )
 
     def report(self, step: int, params: dict) -> None:

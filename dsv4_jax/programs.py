@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 
 from dsv4_jax.compiler import check_deterministic, compiler_options
 from dsv4_jax.data import Batch
@@ -48,7 +49,8 @@ class Programs:
 def routing_of(run: Run, stage: StageConfig) -> Callable:
     """Return `make_routing` of a stage, jitted."""
     return jax.jit(
-        make_routing(run.config, stage, run.mesh), compiler_options=options_of(run.config)
+        make_routing(run.config, stage, run.mesh),
+        compiler_options=options_of(run.config, run.mesh),
     )
 
 
@@ -60,14 +62,7 @@ def compile_step(
     From their description: a fresh state and a restored one differ in what JAX may still move, so
     that they themselves would make two programs, and a run that goes on would compile again.
     """
-    outputs = None
-    if run.mesh is not None:
-        # Whole metrics on each device: this host can read them.
-        outputs = state_shardings(run.config, run.mesh), replicated(run.mesh)
-    step = jax.jit(
-        make_train_step(run.config, stage, run.mesh), donate_argnums=0, out_shardings=outputs,
-        compiler_options=options_of(run.config),
-    )
+    step = jitted_step(run.config, stage, run.mesh)
     described = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, batch)
     )
@@ -80,12 +75,26 @@ def compile_step(
             flops = count_flops(counted, *described)
         else:
             flops = flops_of(traced.jaxpr)
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=options_of(run.config, run.mesh))
     if run.config.train.deterministic and jax.default_backend() == "gpu":
         check_deterministic(compiled.as_text())
     return compiled, flops.matmul
 
 
-def options_of(config: RunConfig) -> dict[str, str | bool] | None:
-    """Return the compiler's options for a run's programs."""
-    return compiler_options(deterministic=config.train.deterministic)
+def jitted_step(config: RunConfig, stage: StageConfig, mesh: Mesh | None) -> Callable:
+    """Return `make_train_step` of a stage, jitted; the state is donated."""
+    outputs = None
+    if mesh is not None:
+        # Whole metrics on each device: each host can read them.
+        outputs = state_shardings(config, mesh), replicated(mesh)
+    step = make_train_step(config, stage, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
+
+
+def options_of(
+    config: RunConfig, mesh: Mesh | None, platform: str | None = None
+) -> dict[str, str | bool] | None:
+    """Return the compiler's options for a run's programs; None: for the devices here."""
+    return compiler_options(
+        deterministic=config.train.deterministic, on_mesh=mesh is not None, platform=platform
+    )

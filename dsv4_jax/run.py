@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from dsv4_jax.data import Batch
 from dsv4_jax.model import param_shapes
 from dsv4_jax.params import shardings_of
-from dsv4_jax.run_config import CHAT, RunConfig
+from dsv4_jax.run_config import CHAT, RunConfig, StageConfig
 from dsv4_jax.served_model import ModelFolder
 from dsv4_jax.sharding import batch_sharding, make_mesh
 from dsv4_jax.sizes import count_params
@@ -66,11 +67,16 @@ def mesh_of(config: RunConfig) -> Mesh | None:
     if config.mesh.size == 1:
         return None
     mesh = make_mesh(config.mesh.sizes)
-    # The rows of a micro-batch and every axis of the model must fall into equal parts.
-    for stage in config.stages:
+    check_mesh(config, mesh, config.stages)
+    return mesh
+
+
+def check_mesh(config: RunConfig, mesh: Mesh, stages: Sequence[StageConfig]) -> None:
+    """Raise an InputError unless rows of micro-batches, and the model's axes, fall in equal parts.
+    """
+    for stage in stages:
         batch_sharding(mesh, stage.rows // stage.accumulation)
     shardings_of(param_shapes(config.model), mesh, config.mesh.layout)
-    return mesh
 
 
 def announce_model(config: RunConfig, mesh: Mesh | None) -> None:

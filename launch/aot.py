@@ -1,0 +1,68 @@
+"""Compile a run's training step for a topology that is not here, and account for what it needs.
+
+    python launch/aot.py --config=configs/v4_flash.py --topology=v5p:4x4x8 [--stage=1]
+
+A topology is KIND:SHAPE, and *N behind it stands for N slices. The mesh is that of the config or,
+if this names none, of the config's recipe for the kind. Prints a table and, as the last line, JSON.
+Needs the extra `aot`, and no accelerator.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dsv4_jax import cli
+from dsv4_jax.aot import compile_step
+from dsv4_jax.aot_table import as_json, table
+from dsv4_jax.errors import InputError
+from dsv4_jax.files import explain_failed_write
+from dsv4_jax.run_config import RunConfig, StageConfig
+from dsv4_jax.terminal import say
+from dsv4_jax.topology import EXAMPLES, Topology, parse_topology
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
+TOPOLOGY = flags.DEFINE_string("topology", None, f"the devices, such as {EXAMPLES}")
+STAGE = flags.DEFINE_integer("stage", 1, "of the run, from 1")
+HLO = flags.DEFINE_string("hlo", None, "file for the text of the compiled program")
+
+
+def main() -> None:
+    cli.require(CONFIG, TOPOLOGY)
+    topology = parse_topology(TOPOLOGY.value, "--topology")
+    config = RunConfig.from_config_dict(_config_for(topology))
+    account, text = compile_step(config, _stage_of(config), topology, "--topology")
+    if HLO.value:
+        with explain_failed_write(Path(HLO.value), "--hlo"):
+            Path(HLO.value).write_text(text)
+    for line in table(account):
+        say(line)
+    say(json.dumps({"topology": TOPOLOGY.value, "mesh": config.mesh.sizes} | as_json(account)))
+
+
+def _config_for(topology: Topology) -> ConfigDict:
+    """Return the config, by its recipe for the topology if it says nothing of a mesh."""
+    flag = flags.FLAGS["config"]
+    path = config_flags.get_config_filename(flag)
+    named = RunConfig.from_config_dict(CONFIG.value).mesh.size > 1
+    if topology.devices == 1 or ":" in path or named:
+        return CONFIG.value
+    config = cli.read_config_file(f"{path}:{topology.kind}-{topology.devices}")
+    config.update_from_flattened_dict(config_flags.get_override_values(flag))
+    return config
+
+
+def _stage_of(config: RunConfig) -> StageConfig:
+    if not 1 <= STAGE.value <= len(config.stages):
+        raise InputError(
+            f"--stage: expected a number from 1 to {len(config.stages)}, the stages of "
+            f"--config, got {STAGE.value}"
+        )
+    return config.stages[STAGE.value - 1]
+
+
+if __name__ == "__main__":
+    cli.run(main)
