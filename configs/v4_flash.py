@@ -15,7 +15,7 @@ RECIPES = {
     ),
     "v6e": Recipe(
         expert=128, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
-        reason="A slice has 256 chips of 31 GiB, and a copy takes all of them. Slices share the rows "
+        reason="A slice has 256 chips of 31 GiB, and a copy takes all of them. Slices share rows "
         "and the optimizer's state",
     ),
     "tpu7x": Recipe(

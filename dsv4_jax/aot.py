@@ -117,9 +117,9 @@ def compile_step(
     chip = chip_of(mesh.devices.flat[0].device_kind)
     state, batch = abstract_state(config, mesh), _abstract_batch(stage, mesh)
     platform = "gpu" if topology.kind in GPUS else "tpu"
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        traced = jitted_step(config, stage, mesh).trace(state, batch)
+    start, step = time.perf_counter(), jitted_step(config, stage, mesh)
+    with jax.set_mesh(mesh):  # on which nothing can run: it is for tracing alone
+        traced = step.trace(state, batch)
         lowered = traced.lower(lowering_platforms=(_LOWERED_FOR[platform],))
     lowered_at = time.perf_counter()
     compiled = _compile(lowered, options_of(config, mesh, platform), chip)

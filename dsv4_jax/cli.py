@@ -85,6 +85,8 @@ def read_config_file(value: str) -> ConfigDict:
         config = functions["get_config"](*argument) if "get_config" in functions else None
         if isinstance(config, ConfigDict):
             config.lock()  # as config_flags does; fails on frozen ones and required placeholders
+    except InputError:  # of what follows the colon
+        raise
     except (Exception, SystemExit) as error:  # the user's: whatever it raises, it is bad input
         line = _line_of(error, path)
         raise InputError(

@@ -38,15 +38,38 @@ class MeshOption(NamedTuple):
 
     platform: str  # "tpu" or "gpu"
     name: str
-    value: str | bool
+    value: bool
     reason: str
 
 
-# What dsv4_jax/hlo/overlap.py finds with and without them is in docs/scaling.md.
+_SPARSE_CORE = "xla_tpu_enable_sparse_core_collective_offload_"
+_FUSION = "xla_tpu_enable_async_collective_fusion"
+
+# By default libtpu 0.0.42 waits for all of these but permutations.
 MESH_OPTIONS = (
     MeshOption(
-        "tpu", "xla_tpu_enable_async_ragged_all_to_all", "true",
-        "tokens travel to and from their experts while a wave is computed; libtpu 0.0.42 waits",
+        "tpu", "xla_tpu_enable_async_ragged_all_to_all", True,
+        "tokens travel to their experts and back while another wave is computed",
+    ),
+    *(
+        MeshOption("tpu", _SPARSE_CORE + kind, True, f"SparseCores run {what}, beside products")
+        for kind, what in (
+            ("all_gather", "what gathers weights along one axis of the network"),
+            ("reduce_scatter", "what sums the gradients of gathered weights"),
+            ("all_reduce", "the other sums of gradients"),
+        )
+    ),
+    *(
+        MeshOption("tpu", name, True, "weights gathered over several axes come piece by piece, in "
+                   "fusions that compute something else")
+        for name in (
+            _FUSION, f"{_FUSION}_fuse_all_gather", f"{_FUSION}_multiple_steps",
+            "xla_enable_async_all_gather",
+        )
+    ),
+    MeshOption(
+        "gpu", "xla_gpu_enable_latency_hiding_scheduler", True,
+        "what is sent begins early and is waited for late; off by default",
     ),
 )
 

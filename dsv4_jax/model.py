@@ -220,8 +220,12 @@ def init_params(
 
 def param_shapes(config: ModelConfig) -> dict:
     """Return the tree of `params.Weight`s with shapes for values; nothing is computed."""
-    model, tokens = Transformer(config), jnp.zeros((1, 1), jnp.int32)
-    return jax.eval_shape(lambda key: model.init(key, tokens)["params"], jax.random.key(0))
+
+    def init():  # whatever it makes, it makes none on a device
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return Transformer(config).init(jax.random.key(0), tokens)["params"]
+
+    return jax.eval_shape(init)
 
 
 def _check_inputs(
