@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from dsv4_jax.devices import GIB, Chip, chip_of
+from dsv4_jax.devices import GIB, Chip, chip_of, process_memory
 from dsv4_jax.errors import InputError
 from dsv4_jax.expert_waves import FURTHER
 from dsv4_jax.flops import count_flops
@@ -85,6 +85,7 @@ class Account:
     chip: Chip
     lower_seconds: float
     compile_seconds: float
+    compiler_memory: int  # bytes, the most that this process has had until then
 
     @property
     def exposed_seconds(self) -> float:
@@ -123,7 +124,7 @@ def compile_step(
         lowered = traced.lower(lowering_platforms=(_LOWERED_FOR[platform],))
     lowered_at = time.perf_counter()
     compiled = _compile(lowered, options_of(config, mesh, platform), chip)
-    compiled_at = time.perf_counter()
+    compiled_at, compiler_memory = time.perf_counter(), process_memory()
     counted = make_train_step(as_counted(config), stage)
     flops = count_flops(counted, *_plain((state, batch)))
     text = compiled.as_text()
@@ -132,6 +133,7 @@ def compile_step(
         memory=_memory(config, stage, state, compiled, mesh, chip), tokens=stage.batch_tokens,
         flops=flops.matmul, **_times(text, chip, topology), chip=chip,
         lower_seconds=lowered_at - start, compile_seconds=compiled_at - lowered_at,
+        compiler_memory=compiler_memory,
     ), text
 
 

@@ -47,4 +47,7 @@ def table(account: Account) -> Iterator[str]:
             f"  {name:<28}{x.number:8,.0f}{x.bytes / GIB:10.3f}{x.seconds:10.4f}"
             f"{x.hidden_share:10.1%}"
         )
-    yield f"lowered in {account.lower_seconds:.0f} s, compiled in {account.compile_seconds:.0f} s"
+    yield (
+        f"lowered in {account.lower_seconds:.0f} s, compiled in {account.compile_seconds:.0f} s "
+        f"with {account.compiler_memory / GIB:.1f} GiB of this machine's memory"
+    )

@@ -41,7 +41,7 @@ def account() -> Account:
         memory=Memory(parameters=GIB, optimizer=2 * GIB, activations=3 * GIB, temporaries=4 * GIB,
                       available=10 * GIB),
         tokens=4096, flops=int(chip.flops), compute_seconds=1.0, chip=chip, lower_seconds=3.0,
-        compile_seconds=4.0, exchanges=(
+        compile_seconds=4.0, compiler_memory=GIB, exchanges=(
             Exchange("ragged-all-to-all", True, False, 8, 4 * GIB, 2.0, 1.5),
             Exchange("all-reduce", False, True, 1, GIB, 0.5, 0.0),
         ),
@@ -133,7 +133,7 @@ def aot(*flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "--topology: expected a value, got nothing"),
     (["--topology=v5p:4x4x8", "--stage=9"], "--stage: expected a number from 1 to 8"),
-    (["--topology=v5p:2x4x4"], r"\.py: --config: expected a multiple of the 128 .* v5p-128 would fit"),
+    (["--topology=v5p:2x4x4"], r"\.py: --config: expected a multiple of the 128 .* v5p-128 would"),
     (["--topology=v5e:4x4"], "with a kind of v5p, v6e, tpu7x, h100, got 'v5e-16'"),
     (["--topology=v5p:4x4x4", "--config.mesh.expert=8"], "got data 1 x expert 8 .* = 8; change"),
 ])
