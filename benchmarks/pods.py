@@ -65,8 +65,9 @@ def main(_) -> None:
             accounts[name] = compiled(model, topology)
             path.write_text(json.dumps(accounts, indent=1) + "\n")
             print(row(name, accounts[name]), flush=True)
-    print("\n| step | devices | mesh | parameters + optimizer + activations, GiB | in all | computes, "
-          "s | waits, s | experts' sending hidden | MFU at most | lowering + compiling, s | GiB |")
+    print("\n| step | devices | mesh | parameters + optimizer + activations, GiB | in all "
+          "| computes, s | waits, s | experts' sending hidden | MFU at most "
+          "| lowering + compiling, s | GiB |")
     print("|---" * 11 + "|")
     for model, topology in PODS:
         if account := accounts.get(f"{model}:{topology}"):
