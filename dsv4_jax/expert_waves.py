@@ -1,9 +1,9 @@
 """Send tokens to the devices of their experts and back, in waves.
 
-While one wave of tokens is computed the next one comes and the one before goes back: a step of a
-loop does all three, none of which waits for another, so that the compiler may put exchanges beside
-products. A device takes a fixed number of rows in a wave, `slack` times those of an even load. What
-an uneven load has beyond that follows in further rounds: no token is dropped.
+While one wave of tokens is computed the next one travels: no wave waits for another, so that the
+compiler may put the exchange of one beside the products of another. A device takes a fixed number
+of rows in a wave, `slack` times those of an even load. What an uneven load has beyond that follows
+in further rounds: no token is dropped.
 
 All this runs on each device, under `jax.shard_map`.
 
@@ -44,13 +44,6 @@ class Wave(NamedTuple):
     counts: Int[Array, "e e"]  # rows from each device to each other
 
 
-class Rows(NamedTuple):
-    """What has come to a device: rows, the expert of each, counted from 1, and its weight."""
-
-    x: Float[Array, "rows d"]
-    slots: Float[Array, "rows 2"]
-
-
 class Bounds(NamedTuple):
     """Which rows every device sends to every other in one round, and where they lie."""
 
@@ -82,11 +75,13 @@ def in_waves(
     capacity = min(most, math.ceil(slack * size * a / ROWS) * ROWS)
     rounds = -(-most // capacity)
 
-    compute_rows = functools.partial(_compute_rows, compute, held)
-    y = _first_rounds(compute_rows, sent, capacity)
+    def run(wave: Wave, number: Array | int) -> Float[Array, "t d"]:
+        return _round(compute, wave, number, capacity, held)
+
+    y = jnp.stack([run(jax.tree.map(lambda leaf, i=i: leaf[i], sent), 0) for i in range(waves)])
     if rounds > 1:
         with jax.named_scope(FURTHER):
-            y = _further_rounds(compute_rows, sent, y, capacity, rounds, mesh)
+            y = _further_rounds(run, sent, y, capacity, rounds, mesh)
     return y.reshape(waves * size, -1)[:t]
 
 
@@ -106,60 +101,22 @@ def _split(x, experts, gates, held: int, devices: int, waves: int, size: int) ->
     return Wave(x, slots, plans, counts)
 
 
-def _first_rounds(
-    compute: Callable[[Rows], Array], sent: Wave, capacity: int
-) -> Float[Array, "w t d"]:
-    """Run the first round of each wave, three of them at a time.
-
-    The first step has none to send back, the last none to fetch: these exchange no rows.
-    """
-
-    def step(carry: tuple[Rows, Array], others: tuple[Wave, Wave]):
-        (received, computed), (after, before) = carry, others
-        coming = _fetch(after, 0, capacity)
-        back = _send_back(computed, before, 0, capacity)
-        return (coming, compute(received)), back
-
-    def end(index: int) -> Wave:
-        return jax.tree.map(lambda leaf: leaf[index], sent)
-
-    nothing = jnp.zeros((capacity, sent.x.shape[-1]), sent.x.dtype)
-    first = _fetch(end(0), 0, capacity), nothing
-    (_, computed), back = jax.lax.scan(step, first, (_shifted(sent, -1), _shifted(sent, 1)))
-    last = _send_back(computed, end(-1), 0, capacity)
-    return jnp.concatenate([back[1:], last[None]])
-
-
-def _shifted(sent: Wave, places: int) -> Wave:
-    """Return the waves, each at the next place (1) or the one before (-1).
-
-    Where there is no other comes a wave that sends nothing.
-    """
-    moved = jax.tree.map(lambda leaf: jnp.roll(leaf, places, axis=0), sent)
-    return moved._replace(counts=moved.counts.at[0 if places > 0 else -1].set(0))
-
-
-def _fetch(wave: Wave, number: Array | int, capacity: int) -> Rows:
-    """Send the rows of a wave that it is the turn of; return those that come."""
-    bounds, slots = _bounds(wave.counts, number, capacity), wave.slots.reshape(-1, 2)
-    slots = jnp.take(slots, wave.plan.source, axis=0, mode="fill", fill_value=0)
-    rows = Rows(dispatch(wave.x, wave.plan), slots)
-    return Rows(*(_travel(leaf, capacity, len(leaf), bounds) for leaf in rows))
-
-
-def _compute_rows(compute: Compute, held: int, rows: Rows) -> Float[Array, "rows d"]:
-    local = rows.slots[:, :1].astype(jnp.int32) - 1 - jax.lax.axis_index(AXIS) * held
+def _round(
+    compute: Compute, wave: Wave, number: Array | int, capacity: int, held: int
+) -> Float[Array, "t d"]:
+    """Send the rows that it is the turn of, compute what has come, and add up what comes back."""
+    bounds = _bounds(wave.counts, number, capacity)
+    mine = dispatch(wave.x, wave.plan)
+    slots = jnp.take(
+        wave.slots.reshape(-1, 2), wave.plan.source, axis=0, mode="fill", fill_value=0
+    )
+    count = mine.shape[0]
+    rows, slots = (_travel(leaf, capacity, count, bounds) for leaf in (mine, slots))
+    local = slots[:, :1].astype(jnp.int32) - 1 - jax.lax.axis_index(AXIS) * held
     # Of a row that nothing has come to it is below 0.
     local = jnp.where((local >= 0) & (local < held), local, held)
-    return compute(rows.x, local, rows.slots[:, 1:]).astype(rows.x.dtype)
-
-
-def _send_back(
-    y: Float[Array, "rows d"], wave: Wave, number: Array | int, capacity: int
-) -> Float[Array, "t d"]:
-    """Return the sums of what comes back for each token of a wave, in float32."""
-    bounds, slots = _bounds(wave.counts, number, capacity), wave.plan.source.size
-    y = _travel(y, slots, capacity, bounds.back())
+    y = compute(rows, local, slots[:, 1:]).astype(wave.x.dtype)
+    y = _travel(y, count, capacity, bounds.back())
     return combine(y.astype(jnp.float32), wave.plan)
 
 
@@ -175,17 +132,12 @@ def _bounds(counts: Int[Array, "e e"], number: Array | int, capacity: int) -> Bo
 
 
 def _further_rounds(
-    compute: Callable[[Rows], Array], sent: Wave, y: Float[Array, "w t d"], capacity: int,
-    rounds: int, mesh: Mesh,
+    run: Callable, sent: Wave, y: Float[Array, "w t d"], capacity: int, rounds: int, mesh: Mesh
 ) -> Float[Array, "w t d"]:
     """Add what did not fit into the first round of each wave, if there is such a thing."""
     received = jnp.max(jnp.sum(sent.counts, axis=1), axis=-1)
     # All devices do the same: who takes part in an exchange must not depend on the load.
     needed = -(-max_over(received, MESH_AXES, mesh) // capacity)
-
-    def run(wave: Wave, number: Array) -> Float[Array, "t d"]:
-        y = compute(_fetch(wave, number, capacity))
-        return _send_back(y, wave, number, capacity)
 
     @jax.checkpoint
     def turn(sent: Wave, wave: Array, number: Array) -> Float[Array, "t d"]:
