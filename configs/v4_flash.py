@@ -9,21 +9,21 @@ from dsv4_jax.recipe import Recipe, with_recipe
 # All work in bfloat16: FP8 is only simulated here, which takes time and memory.
 RECIPES = {
     "v5p": Recipe(
-        expert=64, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=64, fsdp=2, tokens=4096, runtime={"linears": "plain"},
         reason="128 chips hold the state in a third of their memory. Tokens travel within 64 chips "
         "(4 x 4 x 4); half of 4 experts comes from a neighbour",
     ),
     "v6e": Recipe(
-        expert=128, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=128, fsdp=2, tokens=4096, runtime={"linears": "plain"},
         reason="A slice has 256 chips of 31 GiB, and a copy takes all of them. Slices share rows "
         "and the optimizer's state",
     ),
     "tpu7x": Recipe(
-        expert=64, fsdp=2, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=64, fsdp=2, tokens=4096, runtime={"linears": "plain"},
         reason="As v5p: a device, half of a chip, has as much memory; fsdp is the halves of a chip",
     ),
     "h100": Recipe(
-        expert=16, fsdp=8, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=16, fsdp=8, tokens=4096, runtime={"linears": "plain"},
         reason="Weights are gathered by NVLink within hosts of 8; between hosts travel tokens, and "
         "of the dense weights an eighth for each GPU",
     ),

@@ -11,16 +11,16 @@ from dsv4_jax.recipe import Recipe, with_recipe
 # to gather weights.
 RECIPES = {
     "v5p": Recipe(
-        expert=128, fsdp=4, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=128, fsdp=4, tokens=4096, runtime={"linears": "plain"},
         reason="The state, gradients and their sums over micro-batches take half of the memory of "
         "512 chips. Powers of two, as topologies have: 384 experts for each chip one would not fit",
     ),
     "tpu7x": Recipe(
-        expert=128, fsdp=4, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=128, fsdp=4, tokens=4096, runtime={"linears": "plain"},
         reason="As v5p: a device, half of a chip, has as much memory; 2 chips share an expert",
     ),
     "h100": Recipe(
-        expert=128, fsdp=8, tokens=4096, runtime={"expert_waves": 4, "linears": "plain"},
+        expert=128, fsdp=8, tokens=4096, runtime={"linears": "plain"},
         reason="Weights are gathered by NVLink within hosts of 8; between hosts travel tokens, and "
         "of the dense weights an eighth for each GPU. 512 GPUs would not hold the gradients",
     ),
