@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from dsv4_jax.account import Exchange, Memory, bytes_here, check_size, kept_bytes
 from dsv4_jax.devices import GIB, Chip, chip_of, process_memory
 from dsv4_jax.errors import InputError
 from dsv4_jax.expert_waves import FURTHER
@@ -21,54 +20,15 @@ from dsv4_jax.hlo.text import parse_program
 from dsv4_jax.programs import jitted_step, options_of
 from dsv4_jax.run import check_mesh
 from dsv4_jax.run_config import RunConfig, StageConfig
-from dsv4_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, parts_of
+from dsv4_jax.sharding import batch_sharding, make_mesh
 from dsv4_jax.sizes import ParamCount, count_params
 from dsv4_jax.stage_model import abstract_inputs
 from dsv4_jax.topology import GPUS, Topology, describe
 from dsv4_jax.train_state import TrainState, abstract_state
 from dsv4_jax.train_step import as_counted, make_train_step
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of a device."""
-
-    parameters: int
-    optimizer: int
-    activations: int  # the streams of layers that the backward pass starts from
-    temporaries: int  # what else there is at the fullest moment: gradients, what is gathered
-    available: int
-
-    @property
-    def total(self) -> int:
-        """What is needed at the fullest moment."""
-        return self.parameters + self.optimizer + self.activations + self.temporaries
-
-    @property
-    def fits(self) -> bool:
-        """Whether a device has that much."""
-        return self.total <= self.available
-
-
 EXPERTS = "experts"  # the module of the routed experts, in the names of operations
 _LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu"}
-
-
-class Exchange(NamedTuple):
-    """What the collectives of a kind do in a step."""
-
-    kind: str
-    experts: bool  # whether they carry tokens to their experts and back
-    slow: bool  # whether slices or hosts exchange data
-    number: float
-    bytes: float  # that a device sends
-    seconds: float  # at the speed of the network
-    hidden: float  # of these, those in which the device computes, too
-
-    @property
-    def hidden_share(self) -> float:
-        """The share of the time that computation hides."""
-        return self.hidden / self.seconds if self.seconds else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,12 +99,7 @@ def compile_step(
 
 def mesh_for(config: RunConfig, stage: StageConfig, topology: Topology, flag: str) -> Mesh:
     """Return a run's mesh of all devices of a topology."""
-    if config.mesh.size != topology.devices:
-        sizes = " x ".join(f"{axis} {size}" for axis, size in config.mesh.sizes.items())
-        raise InputError(
-            f"mesh: expected a product of sizes equal to the {topology.devices} devices of "
-            f"{flag}, got {sizes} = {config.mesh.size}; change the mesh section of the config"
-        )
+    check_size(config.mesh, topology, flag)
     mesh = make_mesh(config.mesh.sizes, describe(topology, flag))
     check_mesh(config, mesh, [stage])
     return mesh
@@ -183,32 +138,13 @@ def _memory(
     config: RunConfig, stage: StageConfig, state: TrainState, compiled: jax.stages.Compiled,
     mesh: Mesh, chip: Chip,
 ) -> Memory:
-    parameters, optimizer = (_bytes_here(part) for part in (state.params, state.opt_state))
+    parameters, optimizer = (bytes_here(part) for part in (state.params, state.opt_state))
     kept = kept_bytes(config, stage, mesh)
     peak = compiled.memory_analysis().peak_memory_in_bytes
     return Memory(
         parameters=parameters, optimizer=optimizer, activations=kept,
         temporaries=peak - parameters - optimizer - kept, available=int(chip.memory),
     )
-
-
-def _bytes_here(tree) -> int:
-    """Return the bytes of a device's parts of placed arrays."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def kept_bytes(config: RunConfig, stage: StageConfig, mesh: Mesh) -> int:
-    """Return the bytes that layers keep of a micro-batch on a device, recomputing all else.
-
-    These are the streams that each begins with, and what the layer before adds to them.
-    """
-    model, layers = config.model, config.model.num_layers + config.model.num_nextn_predict_layers
-    tokens = stage.batch_tokens // stage.accumulation // parts_of(BATCH_AXES, mesh)
-    channels = (model.hc_mult + 1) * model.hidden_size
-    return layers * tokens * channels * config.runtime.compute_dtype.itemsize
 
 
 def _times(text: str, chip: Chip, topology: Topology) -> dict:

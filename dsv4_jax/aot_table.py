@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from dsv4_jax.account import memory_lines
 from dsv4_jax.aot import Account
 from dsv4_jax.devices import GIB
 
@@ -24,16 +25,9 @@ def as_json(account: Account) -> dict:
 
 def table(account: Account) -> Iterator[str]:
     """Yield the lines of an account."""
-    size, memory = account.parameters, account.memory
-    yield (
-        f"parameters: {size.total:,}, of which a token uses {size.active:,}, and {size.mtp:,} for "
-        "multi-token prediction"
+    yield from memory_lines(
+        account.parameters, account.memory, account.devices, account.chip.kind
     )
-    yield f"memory of a device, of {account.devices:,} {account.chip.kind}, in GiB"
-    for field in ("parameters", "optimizer", "activations", "temporaries"):
-        yield f"  {field:<15}{getattr(memory, field) / GIB:8.2f}"
-    verdict = "fits into" if memory.fits else "does NOT fit into"
-    yield f"  {'in all':<15}{memory.total / GIB:8.2f}, {verdict} {memory.available / GIB:.2f}"
     yield f"a step of {account.tokens:,} tokens, with experts evenly loaded, at least"
     yield (
         f"  {account.flops / 1e15:,.1f} PFLOP in products; a device computes "

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from dsv4_jax.errors import InputError
-from dsv4_jax.run_config import check_known, is_misspelling
+from dsv4_jax.run_config import RunConfig, check_known, is_misspelling
 
 BAD_INPUT = 2
 CONFIG = "config"  # the flag of a config file; its keys are flags --config.section.key
@@ -99,6 +99,20 @@ def read_config_file(value: str) -> ConfigDict:
             f"got {'a value of type ' + type(config).__name__ if config else 'none'}; see "
             "configs/tiny.py"
         )
+    return config
+
+
+def config_for(kind: str, devices: int) -> ConfigDict:
+    """Return the value of --config or, if it says nothing of a mesh, what its file has for devices.
+
+    That is a file whose get_config takes `KIND-DEVICES`. What flags set is set there, too.
+    """
+    flag = flags.FLAGS[CONFIG]
+    path = config_flags.get_config_filename(flag)
+    if devices == 1 or ":" in path or RunConfig.from_config_dict(flag.value).mesh.size > 1:
+        return flag.value
+    config = read_config_file(f"{path}:{kind}-{devices}")
+    config.update_from_flattened_dict(config_flags.get_override_values(flag))
     return config
 
 

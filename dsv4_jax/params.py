@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from dsv4_jax.collectives import gather_weight
 from dsv4_jax.errors import InputError
@@ -20,6 +20,7 @@ from dsv4_jax.sharding import (
     KEPT,
     MESH_AXES,
     POD,
+    AnyMesh,
     AxisSplit,
     check_divides,
     parts_of,
@@ -117,12 +118,12 @@ def param(
     return gather_weight(value, split, dtype)
 
 
-def weight_split(weight: Weight, mesh: Mesh, layout: str = POD) -> tuple[AxisSplit, ...]:
+def weight_split(weight: Weight, mesh: AnyMesh, layout: str = POD) -> tuple[AxisSplit, ...]:
     """Return how each axis of a weight is split."""
     return split_of(weight.axes, weight.value.shape, mesh, layout, matrix=IN in weight.kinds)
 
 
-def moment_split(weight: Weight, mesh: Mesh, layout: str = POD) -> tuple[AxisSplit, ...]:
+def moment_split(weight: Weight, mesh: AnyMesh, layout: str = POD) -> tuple[AxisSplit, ...]:
     """Return how an optimizer's moments of a weight are split.
 
     Those of matrices over all devices: by whole ones as far as that goes, then wherever it does.
@@ -134,7 +135,7 @@ def moment_split(weight: Weight, mesh: Mesh, layout: str = POD) -> tuple[AxisSpl
     return spread(split, weight.value.shape, whole_first, mesh)
 
 
-def shardings_of(boxed_params, mesh: Mesh, layout: str = POD):
+def shardings_of(boxed_params, mesh: AnyMesh, layout: str = POD):
     """Return the tree of shardings of a tree of `Weight`s (arrays or their shapes).
 
     Raises:

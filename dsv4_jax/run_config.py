@@ -307,6 +307,19 @@ class RunConfig:
         }
         return cls(stages=_read_stages(config_dict.get(STAGES, {})), **sections)
 
+    def stage(self, number: int, flag: str) -> StageConfig:
+        """Return a stage by its number, from 1; `flag` is what names it.
+
+        Raises:
+          InputError: there is none.
+        """
+        if not 1 <= number <= len(self.stages):
+            raise InputError(
+                f"{flag}: expected a number from 1 to {len(self.stages)}, the stages of --config, "
+                f"got {number}"
+            )
+        return self.stages[number - 1]
+
     def to_dict(self) -> dict[str, dict]:
         """Return the sections as JSON types; `from_config_dict` reads them back."""
         sections = {name: _section_to_dict(getattr(self, name)) for name in _SECTIONS}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.errors import InputError
 
@@ -22,6 +22,8 @@ MESH_AXES = ("data", "expert", "fsdp", "tensor")
 # Rows of a batch are spread over every axis but "tensor", so that the same devices that hold
 # different experts also work on different tokens.
 BATCH_AXES = ("data", "expert", "fsdp")
+
+AnyMesh = Mesh | AbstractMesh  # of devices, or of none where only placement is asked for
 
 # Logical axis -> the mesh axis over which it is split, in use too.
 KEPT = {"experts": "expert", "heads": "tensor", "groups": "tensor", "expert_width": "tensor"}
@@ -93,7 +95,7 @@ class AxisSplit(NamedTuple):
 
 
 def split_of(
-    axes: Sequence[str], shape: Sequence[int], mesh: Mesh, layout: str, *, matrix: bool
+    axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh, layout: str, *, matrix: bool
 ) -> tuple[AxisSplit, ...]:
     """Return how each axis of a weight is split.
 
@@ -110,7 +112,7 @@ def split_of(
 
 
 def spread(
-    split: Sequence[AxisSplit], shape: Sequence[int], places: Sequence[int], mesh: Mesh,
+    split: Sequence[AxisSplit], shape: Sequence[int], places: Sequence[int], mesh: AnyMesh,
     names: Sequence[str] = MESH_AXES,
 ) -> tuple[AxisSplit, ...]:
     """Split an array further, over those of these mesh axes that do not split it yet.
@@ -129,7 +131,7 @@ def spread(
     return tuple(split)
 
 
-def parts_of(names: Sequence[str], mesh: Mesh) -> int:
+def parts_of(names: Sequence[str], mesh: AnyMesh) -> int:
     """Return into how many parts these mesh axes split an axis."""
     return math.prod(mesh.shape[name] for name in names)
 
@@ -139,7 +141,7 @@ def spec_of(split: Sequence[AxisSplit]) -> PartitionSpec:
     return PartitionSpec(*(part.names or None for part in split))
 
 
-def check_divides(mesh: Mesh, names: Sequence[str], axis: str, size: int, where: str) -> None:
+def check_divides(mesh: AnyMesh, names: Sequence[str], axis: str, size: int, where: str) -> None:
     """Raise an InputError unless these mesh axes divide the size of an axis."""
     parts = parts_of(names, mesh)
     if size % parts:
@@ -149,12 +151,12 @@ def check_divides(mesh: Mesh, names: Sequence[str], axis: str, size: int, where:
         )
 
 
-def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, rows: int) -> NamedSharding:
     """Return the placement of a batch of this many rows: split over all axes but "tensor"."""
     check_divides(mesh, BATCH_AXES, "batch", rows, "the batch")
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Return the placement that holds an array whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

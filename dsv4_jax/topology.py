@@ -19,6 +19,11 @@ GPUS = ("h100", "b200")  # described in pallas_kernels/gpus
 # Axes of the network, and devices of a chip. Hosts have 2 x 2 chips, libtpu's default.
 TPUS = {"v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "tpu7x": (3, 2)}
 KINDS = (*TPUS, *GPUS)
+# What JAX calls their devices.
+DEVICE_KINDS = {
+    "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x",
+    "h100": "NVIDIA H100", "b200": "NVIDIA B200",
+}
 EXAMPLES = "v5p:16x16x16, v6e:16x16*16 (16 slices) or h100:1x32x8 (partitions, hosts, GPUs of each)"
 _CHIPS_PER_HOST = 4
 

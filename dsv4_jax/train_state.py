@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from dsv4_jax.model import init_params, param_shapes
 from dsv4_jax.optimizer import LEARNERS, Placed, make_optimizer
 from dsv4_jax.params import Weight, kinds_of, moment_split, shardings_of, split_trainable
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.shapes import Array
-from dsv4_jax.sharding import replicated, spec_of
+from dsv4_jax.sharding import AnyMesh, replicated, spec_of
 from pallas_kernels.implementation import implementation_of
 
 
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    config: RunConfig, mesh: Mesh | None = None, params: dict | None = None
+    config: RunConfig, mesh: AnyMesh | None = None, params: dict | None = None
 ) -> TrainState:
     """Make the state that a run starts from; on a mesh it is born sharded, never whole.
 
@@ -54,7 +54,7 @@ def init_state(
     return TrainState(step, Skips(total, in_row), params, init(split_trainable(params)[0]))
 
 
-def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(config: RunConfig, mesh: AnyMesh | None = None) -> TrainState:
     """Return the shapes, dtypes and placement of a run's state; nothing is computed."""
     shapes = state_shapes(config)
     if mesh is None:
@@ -67,7 +67,7 @@ def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     )
 
 
-def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
+def state_shardings(config: RunConfig, mesh: AnyMesh | None) -> TrainState | None:
     """Return the placement of a state: the optimizer's moments are split further than parameters.
 
     Source: report 3 (ZeRO); fact sheet 7.
@@ -91,13 +91,13 @@ def state_shardings(config: RunConfig, mesh: Mesh | None) -> TrainState | None:
     return TrainState(counter, Skips(counter, counter), params, opt_state)
 
 
-def param_specs(config: RunConfig, mesh: Mesh) -> dict:
+def param_specs(config: RunConfig, mesh: AnyMesh) -> dict:
     """Return the partitions of the parameters."""
     placed = shardings_of(param_shapes(config.model), mesh, config.mesh.layout)
     return jax.tree.map(lambda sharding: sharding.spec, placed)
 
 
-def moment_splits(config: RunConfig, mesh: Mesh) -> dict:
+def moment_splits(config: RunConfig, mesh: AnyMesh) -> dict:
     """Return how the moments of all leaves that can learn are split, and their gradients with them.
     """
     trainable = split_trainable(param_shapes(config.model))[0]
@@ -125,7 +125,7 @@ def state_shapes(config: RunConfig) -> TrainState:
 
 
 def optimizer_of(
-    config: RunConfig, learners: Collection[str] = LEARNERS, mesh: Mesh | None = None
+    config: RunConfig, learners: Collection[str] = LEARNERS, mesh: AnyMesh | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of a run, in which these learn."""
     kinds = split_trainable(kinds_of(param_shapes(config.model)))[0]

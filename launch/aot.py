@@ -14,16 +14,15 @@ import json
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from dsv4_jax import cli
 from dsv4_jax.aot import compile_step
 from dsv4_jax.aot_table import as_json, table
-from dsv4_jax.errors import InputError
 from dsv4_jax.files import explain_failed_write
-from dsv4_jax.run_config import RunConfig, StageConfig
+from dsv4_jax.run_config import RunConfig
 from dsv4_jax.terminal import say
-from dsv4_jax.topology import EXAMPLES, Topology, parse_topology
+from dsv4_jax.topology import EXAMPLES, parse_topology
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run: a file of configs/")
 TOPOLOGY = flags.DEFINE_string("topology", None, f"the devices, such as {EXAMPLES}")
@@ -38,8 +37,9 @@ def main() -> None:
     cli.require(CONFIG, TOPOLOGY)
     _keep_memory_small()
     topology = parse_topology(TOPOLOGY.value, "--topology")
-    config = RunConfig.from_config_dict(_config_for(topology))
-    account, text = compile_step(config, _stage_of(config), topology, "--topology")
+    config = RunConfig.from_config_dict(cli.config_for(topology.kind, topology.devices))
+    stage = config.stage(STAGE.value, "--stage")
+    account, text = compile_step(config, stage, topology, "--topology")
     if HLO.value:
         with explain_failed_write(Path(HLO.value), "--hlo"):
             Path(HLO.value).write_text(text)
@@ -53,27 +53,6 @@ def _keep_memory_small() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems have none
     if mallopt:
         mallopt(_M_ARENA_MAX, 2)
-
-
-def _config_for(topology: Topology) -> ConfigDict:
-    """Return the config, by its recipe for the topology if it says nothing of a mesh."""
-    flag = flags.FLAGS["config"]
-    path = config_flags.get_config_filename(flag)
-    named = RunConfig.from_config_dict(CONFIG.value).mesh.size > 1
-    if topology.devices == 1 or ":" in path or named:
-        return CONFIG.value
-    config = cli.read_config_file(f"{path}:{topology.kind}-{topology.devices}")
-    config.update_from_flattened_dict(config_flags.get_override_values(flag))
-    return config
-
-
-def _stage_of(config: RunConfig) -> StageConfig:
-    if not 1 <= STAGE.value <= len(config.stages):
-        raise InputError(
-            f"--stage: expected a number from 1 to {len(config.stages)}, the stages of "
-            f"--config, got {STAGE.value}"
-        )
-    return config.stages[STAGE.value - 1]
 
 
 if __name__ == "__main__":

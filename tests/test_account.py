@@ -130,6 +130,7 @@ def aot(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "--topology: expected a value, got nothing"),
     (["--topology=v5p:4x4x8", "--stage=9"], "--stage: expected a number from 1 to 8"),

@@ -540,7 +540,7 @@ def test_bad_arguments_are_one_line(released, params, tmp_path):
         "format": (lambda: save_pretrained(out, CONFIG, params, format=None), "format: expected"),
         "dtype": (lambda: save_pretrained(out, CONFIG, params, dtype=np.int8), "dtype: expected"),
         "load fp8": (lambda: load_pretrained(released, dtype="fp8"), "dtype: expected one of bfl"),
-        "mesh": (lambda: load_pretrained(released, mesh=mesh), "mesh: expected axes data, fsdp"),
+        "mesh": (lambda: load_pretrained(released, mesh=mesh), "mesh: expected axes data, expert"),
         "long": (lambda: load_pretrained(tmp_path / ("x" * 300)), "cannot be read"),
         "no path": (lambda: load_pretrained("a\0b"), "expected a file in"),
         "no output": (lambda: convert(released, None, to="hf"), "output: expected a folder"),
