@@ -159,7 +159,7 @@ def _by_block(
     steps = columns // width
     filled = plan.expected_rows(grouped.size)
     read = [jax.ShapeDtypeStruct((filled, y.shape[1]), y.dtype) for y in (*lefts * steps, *others)]
-    written = [jax.ShapeDtypeStruct((filled, columns), y.dtype) for y in shapes]
+    written = [jax.ShapeDtypeStruct((filled, columns), y.dtype) for y in shapes if y.ndim == 2]
     cost = estimate(2 * filled * inner * columns * count, read, matrices, written)
     specs = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
