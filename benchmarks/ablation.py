@@ -39,14 +39,13 @@ from dsv4_jax.compiler import compiler_options
 from dsv4_jax.data import held_out_batches, make_train_iterator
 from dsv4_jax.errors import InputError
 from dsv4_jax.figures import check_figure, write_figure
-from dsv4_jax.flops import count_flops
 from dsv4_jax.params import constant, param
 from dsv4_jax.run_config import RunConfig
 from dsv4_jax.sizes import count_params
 from dsv4_jax.stage_model import MODEL_INPUTS, abstract_inputs, make_evaluation
 from dsv4_jax.tokenized import TokenizedCorpus, prepare_corpus
 from dsv4_jax.train_state import init_state
-from dsv4_jax.train_step import as_counted, make_train_step
+from dsv4_jax.train_step import make_train_step, step_flops
 
 PARTS = flags.DEFINE_list("parts", ["optimizer", "residual", "attention"], "Which to run.")
 STEPS = flags.DEFINE_integer("steps", 300, "Optimizer steps of each run.", lower_bound=20)
@@ -145,8 +144,7 @@ def train(name: str, config: RunConfig) -> Curve:
     evaluated, losses, norms = [], [], []
     for stage in config.stages:
         step, seconds = make_train_step(config, stage), []
-        counted = make_train_step(as_counted(config), stage)
-        gflop = count_flops(counted, state, abstract_inputs(stage)).matmul / 1e9
+        gflop = step_flops(config, stage, state, abstract_inputs(stage)).matmul / 1e9
         step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
         nats = jax.jit(make_evaluation(config, stage), compiler_options=compiler_options())
         held_out = held_out_batches(corpus, config.data, seq_len=stage.seq_len, rows=stage.rows)

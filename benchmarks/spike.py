@@ -26,7 +26,7 @@ from dsv4_jax.run_config import RunConfig
 from dsv4_jax.stage_model import abstract_inputs, make_routing
 from dsv4_jax.train import train
 from dsv4_jax.train_state import abstract_state
-from dsv4_jax.train_step import as_counted, make_train_step, optimizer_flops
+from dsv4_jax.train_step import optimizer_flops, step_flops
 
 STEPS = flags.DEFINE_integer("steps", 300, "Steps of each run.", lower_bound=100)
 BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 1024, "Tokens of a step.", lower_bound=256)
@@ -136,7 +136,7 @@ def print_work(config: RunConfig) -> None:
     (stage,), state = config.stages, abstract_state(config)
     batch = abstract_inputs(stage)
     routing = count_flops(make_routing(config, stage), state.params, batch).matmul
-    step = count_flops(make_train_step(as_counted(config), stage), state, batch).matmul
+    step = step_flops(config, stage, state, batch).matmul
     passes = step - optimizer_flops(config, stage)
     print(f"choosing the experts of a batch takes {routing / 1e9:.1f} GFLOP, {routing / step:.1%} "
           f"of a step's and {routing / passes:.1%} of those of its forward and backward passes")

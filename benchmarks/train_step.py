@@ -30,7 +30,6 @@ from seven_layers import CONFIG
 from dsv4_jax import Runtime
 from dsv4_jax.checkpoint import Checkpoints
 from dsv4_jax.compiler import compiler_options
-from dsv4_jax.flops import count_flops
 from dsv4_jax.run_config import (
     DataConfig,
     MeshConfig,
@@ -41,7 +40,7 @@ from dsv4_jax.run_config import (
     TrainConfig,
 )
 from dsv4_jax.train_state import init_state
-from dsv4_jax.train_step import as_counted, make_train_step
+from dsv4_jax.train_step import make_train_step, step_flops
 
 LENGTHS = flags.DEFINE_list("lengths", ["256", "1024", "4096"], "Tokens per sequence.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps; the fastest is printed.", lower_bound=1)
@@ -89,8 +88,8 @@ def compiled_step(config: RunConfig, state, batch):
 def measure(config: RunConfig) -> tuple[float, float, int, float]:
     """Return seconds per step, seconds to compile, temporary bytes and GFLOP."""
     batch = batch_of(config)
-    state, counted = init_state(config), make_train_step(as_counted(config), config.stages[0])
-    gflop = count_flops(counted, state, batch).total / 1e9
+    state = init_state(config)
+    gflop = step_flops(config, config.stages[0], state, batch).total / 1e9
     start = time.perf_counter()
     compiled = compiled_step(config, state, batch)
     compile_seconds = time.perf_counter() - start

@@ -10,13 +10,14 @@ from dsv4_jax.recipe import Recipe, with_recipe
 RECIPES = {
     "v5p": Recipe(
         expert=64, fsdp=2, tokens=4096, runtime={"linears": "plain"},
-        reason="128 chips hold the state in a third of their memory. Tokens travel within 64 chips "
-        "(4 x 4 x 4); half of 4 experts comes from a neighbour",
+        reason="The state, gradients and their sums over micro-batches take a third of the memory "
+        "of 128 chips. Tokens travel among 64; half of 4 experts comes from a neighbour",
     ),
     "v6e": Recipe(
         expert=128, fsdp=2, tokens=4096, runtime={"linears": "plain"},
         reason="A slice has 256 chips of 31 GiB, and a copy takes all of them. Slices share rows "
-        "and the optimizer's state",
+        "and the optimizer's state. By launch/estimate.py that is not enough: 37 GiB each, 34 in 4 "
+        "slices",
     ),
     "tpu7x": Recipe(
         expert=64, fsdp=2, tokens=4096, runtime={"linears": "plain"},

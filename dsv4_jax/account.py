@@ -12,7 +12,7 @@ import jax
 from dsv4_jax.devices import GIB
 from dsv4_jax.errors import InputError
 from dsv4_jax.run_config import MeshConfig, RunConfig, StageConfig
-from dsv4_jax.sharding import BATCH_AXES, AnyMesh, parts_of
+from dsv4_jax.sharding import BATCH_AXES, AnyMesh, parts_of, product_of
 from dsv4_jax.sizes import ParamCount
 from dsv4_jax.topology import Topology
 
@@ -73,10 +73,9 @@ def memory_lines(
 def check_size(mesh: MeshConfig, topology: Topology, flag: str) -> None:
     """Raise an InputError unless a mesh takes all devices of a topology, the value of a flag."""
     if mesh.size != topology.devices:
-        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items())
         raise InputError(
             f"mesh: expected a product of sizes equal to the {topology.devices} devices of "
-            f"{flag}, got {sizes} = {mesh.size}; change the mesh section of the config"
+            f"{flag}, got {product_of(mesh.sizes)}; change the mesh section of the config"
         )
 
 

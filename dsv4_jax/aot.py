@@ -10,10 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from dsv4_jax.account import Exchange, Memory, bytes_here, check_size, kept_bytes
-from dsv4_jax.devices import GIB, Chip, chip_of, process_memory
+from dsv4_jax.devices import GIB, Chip, process_memory
 from dsv4_jax.errors import InputError
 from dsv4_jax.expert_waves import FURTHER
-from dsv4_jax.flops import count_flops
 from dsv4_jax.hlo.collectives import ALL_TO_ALL
 from dsv4_jax.hlo.overlap import compute_seconds, timed_collectives
 from dsv4_jax.hlo.text import parse_program
@@ -25,7 +24,7 @@ from dsv4_jax.sizes import ParamCount, count_params
 from dsv4_jax.stage_model import abstract_inputs
 from dsv4_jax.topology import GPUS, Topology, describe
 from dsv4_jax.train_state import TrainState, abstract_state
-from dsv4_jax.train_step import as_counted, make_train_step
+from dsv4_jax.train_step import step_flops
 
 EXPERTS = "experts"  # the module of the routed experts, in the names of operations
 _LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu"}
@@ -74,8 +73,7 @@ def compile_step(
       InputError: the mesh does not fit the topology or the stage, or the step does not fit into
         the memory of a device.
     """
-    mesh = mesh_for(config, stage, topology, flag)
-    chip = chip_of(mesh.devices.flat[0].device_kind)
+    mesh, chip = mesh_for(config, stage, topology, flag), topology.chip
     state, batch = abstract_state(config, mesh), _abstract_batch(stage, mesh)
     platform = "gpu" if topology.kind in GPUS else "tpu"
     start, step = time.perf_counter(), jitted_step(config, stage, mesh)
@@ -85,9 +83,7 @@ def compile_step(
     lowered_at = time.perf_counter()
     compiled = _compile(lowered, options_of(config, mesh, platform), chip)
     compiled_at, compiler_memory = time.perf_counter(), process_memory()
-    counted = make_train_step(as_counted(config), stage)
-    flops = count_flops(counted, *_plain((state, batch)))
-    text = compiled.as_text()
+    flops, text = step_flops(config, stage, state, batch), compiled.as_text()
     return Account(
         devices=mesh.size, parameters=count_params(config.model),
         memory=_memory(config, stage, state, compiled, mesh, chip), tokens=stage.batch_tokens,
@@ -111,11 +107,6 @@ def _abstract_batch(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
         for name, x in abstract_inputs(stage).items()
     }
-
-
-def _plain(tree):
-    """Return shapes and dtypes without places."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _compile(

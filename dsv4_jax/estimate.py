@@ -17,17 +17,16 @@ from jax.sharding import AbstractMesh
 
 from dsv4_jax.account import Memory, bytes_here, check_size, kept_bytes, tokens_at_once
 from dsv4_jax.config import CSA, HCA, WINDOW, ModelConfig
-from dsv4_jax.devices import Chip, chip_of
+from dsv4_jax.devices import Chip
 from dsv4_jax.errors import InputError
 from dsv4_jax.model import param_shapes
 from dsv4_jax.muon_shards import newton_schulz_flops
 from dsv4_jax.optimizer import ADAMW_MATRICES, MUON
 from dsv4_jax.params import BATCH, IN, OUT, Weight, split_trainable, weight_split
 from dsv4_jax.run_config import DENSE, INDEXER, RunConfig, StageConfig
-from dsv4_jax.schedule import block_groups
 from dsv4_jax.sharding import MESH_AXES, AxisSplit
 from dsv4_jax.sizes import ParamCount, count_params
-from dsv4_jax.topology import DEVICE_KINDS, Topology
+from dsv4_jax.topology import Topology
 from dsv4_jax.train_state import abstract_state
 
 PRODUCTS = 4, 3  # of a weight, recomputing layers and not: forward, again, and two for gradients
@@ -131,12 +130,11 @@ def estimate(config: RunConfig, stage: StageConfig, topology: Topology, flag: st
         )
     check_size(config.mesh, topology, flag)
     mesh = AbstractMesh(tuple(config.mesh.sizes.values()), MESH_AXES)
-    chip = chip_of(DEVICE_KINDS[topology.kind])
     step = _Step(config, stage, mesh, topology)
     parts = list(step.parts())
     return Estimate(
-        devices=topology.devices, chip=chip, parameters=count_params(config.model),
-        memory=step.memory(chip), tokens=stage.batch_tokens, flops=step.counted(parts),
+        devices=topology.devices, chip=topology.chip, parameters=count_params(config.model),
+        memory=step.memory(), tokens=stage.batch_tokens, flops=step.counted(parts),
         parts=tuple(parts), sent=tuple(step.sent()),
     )
 
@@ -221,10 +219,8 @@ class _Step:
 
     def _attention(self) -> Iterator[tuple[str, float, float]]:
         """Yield the products of queries with what they see."""
-        model, groups = self.model, block_groups(self.model)
-        layers = {kind: 0 for kind in (WINDOW, CSA, HCA)}
-        for group in groups.values():
-            layers[group.kind] += group.layers
+        model = self.model
+        layers = {kind: model.layer_types.count(kind) for kind in (WINDOW, CSA, HCA)}
         layers[WINDOW] += self._has_mtp()
         heads = model.num_attention_heads / self.mesh.shape["tensor"]
         width = self.tokens * heads * model.head_dim
@@ -273,7 +269,7 @@ class _Step:
         usual = PRODUCTS[once] / PRODUCTS[again]
         return self.mesh.size * sum(x.flops * shares.get(x.name, usual) for x in parts)
 
-    def memory(self, chip: Chip) -> Memory:
+    def memory(self) -> Memory:
         """Return what a device holds at the fullest moment: in the backward pass."""
         parameters, optimizer = bytes_here(self.state.params), bytes_here(self.state.opt_state)
         # Of this micro-batch, and their sum over those before.
@@ -282,7 +278,7 @@ class _Step:
             parameters=parameters, optimizer=optimizer,
             activations=kept_bytes(self.config, self.stage, self.mesh),
             temporaries=round(gradients + self._heads() + self._layer()),
-            available=int(chip.memory),
+            available=int(self.topology.chip.memory),
         )
 
     def _heads(self) -> float:
@@ -295,10 +291,8 @@ class _Step:
     def _layer(self) -> float:
         """Return the bytes of a layer's gathered experts, their gradients, and its activations."""
         model = self.model
-        experts = sum(
-            x.size(IN) * x.size(OUT) * model.n_routed_experts for x in self.matrices
-            if x.path[:1] == ("mtp",) and "experts" in x.path
-        ) / self.mesh.shape["expert"]
+        size = 3 * model.hidden_size * model.moe_intermediate_size * model.n_routed_experts
+        experts = size / (self.mesh.shape["expert"] * self.mesh.shape["tensor"])
         wide = model.hc_mult * model.hidden_size + model.num_attention_heads * model.head_dim
         return experts * (self.itemsize + 4) + WORKING * self.tokens * wide * self.itemsize
 
@@ -330,12 +324,8 @@ class _Step:
 
     def _inner(self, x: _Matrices, axis: str) -> int:
         """Return how many parts are left of a weight when it is gathered along a mesh axis."""
-        parts = 1
-        for part in x.split:
-            if axis in part.shared:
-                later = part.shared[: part.shared.index(axis)]
-                parts = math.prod(self.mesh.shape[name] for name in later)
-        return parts
+        shared = next(part.shared for part in x.split if axis in part.shared)
+        return math.prod(self.mesh.shape[name] for name in shared[: shared.index(axis)])
 
     def _is_slow(self, axis: str) -> bool:
         """Say whether devices along a mesh axis are in several slices, or hosts of GPUs."""

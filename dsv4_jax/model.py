@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -218,6 +219,7 @@ def init_params(
     })
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes a second, and whoever places parameters asks
 def param_shapes(config: ModelConfig) -> dict:
     """Return the tree of `params.Weight`s with shapes for values; nothing is computed."""
 

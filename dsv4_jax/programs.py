@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dsv4_jax.compiler import check_deterministic, compiler_options
 from dsv4_jax.data import Batch
 from dsv4_jax.feed import Ahead
-from dsv4_jax.flops import count_flops, flops_of
+from dsv4_jax.flops import flops_of
 from dsv4_jax.pace import Pace
 from dsv4_jax.run import Run
 from dsv4_jax.run_config import RunConfig, StageConfig
@@ -18,7 +18,7 @@ from dsv4_jax.sharding import replicated
 from dsv4_jax.stage_model import make_routing
 from dsv4_jax.terminal import say, timed
 from dsv4_jax.train_state import TrainState, state_shardings
-from dsv4_jax.train_step import as_counted, make_train_step, optimizer_flops
+from dsv4_jax.train_step import make_train_step, optimizer_flops, step_flops
 from pallas_kernels.implementation import any_kernel
 
 
@@ -70,9 +70,7 @@ def compile_step(
         traced = step.trace(*described)
         uses_more = run.mesh is not None or run.config.runtime.remat
         if uses_more or any_kernel(run.config.runtime.kernels):
-            # Of one device with everything: what devices do alike counts once.
-            counted = make_train_step(as_counted(run.config), stage)
-            flops = count_flops(counted, *described)
+            flops = step_flops(run.config, stage, *described)
         else:
             flops = flops_of(traced.jaxpr)
         compiled = traced.lower().compile(compiler_options=options_of(run.config, run.mesh))

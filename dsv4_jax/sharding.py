@@ -43,6 +43,12 @@ POD = "pod"
 SHARED = ("experts", "width", "rank", "out_rank")
 
 
+def product_of(sizes: Mapping[str, int]) -> str:
+    """Write the sizes of a mesh as "data 2 x expert 4 = 8"."""
+    product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    return f"{product} = {math.prod(sizes.values())}"
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange devices in a mesh: neighbours along its axes are neighbours in their network.
 
@@ -58,10 +64,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     count = math.prod(shape)
     if len(devices) % count:
-        product = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, shape, strict=True))
+        product = product_of(dict(zip(MESH_AXES, shape, strict=True)))
         raise InputError(
             f"mesh: expected a product of sizes that divides the {len(devices)} devices, got "
-            f"{product} = {count}; change the mesh section of the config"
+            f"{product}; change the mesh section of the config"
         )
     devices = devices[:count]
     slices = len({getattr(device, "slice_index", 0) for device in devices})

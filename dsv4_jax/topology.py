@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 
 import pallas_kernels
+from dsv4_jax.devices import Chip, chip_of
 from dsv4_jax.errors import InputError, shown
 
 GPUS = ("h100", "b200")  # described in pallas_kernels/gpus
@@ -46,6 +47,11 @@ class Topology(NamedTuple):
     kind: str  # one of KINDS
     shape: tuple[int, ...]  # chips along the axes of a slice; partitions, hosts and GPUs of each
     slices: int  # of this shape; 1 for GPUs
+
+    @property
+    def chip(self) -> Chip:
+        """What a device can do at most."""
+        return chip_of(DEVICE_KINDS[self.kind])
 
     @property
     def devices_per_slice(self) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dsv4_jax.attention.layout import document_offsets
 from dsv4_jax.config import CSA
-from dsv4_jax.flops import count_flops
+from dsv4_jax.flops import Flops, count_flops
 from dsv4_jax.gradient import make_gradient, split_learning, total
 from dsv4_jax.optimizer import INDEXERS, MODEL, decay_start, learning_rate_schedule
 from dsv4_jax.params import merge, split_trainable
@@ -165,6 +165,18 @@ def as_counted(config: RunConfig) -> RunConfig:
     """Return the run whose operations count: none done twice, none inside a kernel."""
     runtime = dataclasses.replace(config.runtime, remat=False, kernels=XLA)
     return dataclasses.replace(config, runtime=runtime)
+
+
+def step_flops(config: RunConfig, stage: StageConfig, state: TrainState, batch: Batch) -> Flops:
+    """Return the operations of a step, of one device with everything.
+
+    What devices do alike counts once.
+
+    Args:
+      state, batch: arrays, or their shapes and dtypes; where they are does not matter.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
+    return count_flops(make_train_step(as_counted(config), stage), *shapes)
 
 
 def optimizer_flops(config: RunConfig, stage: StageConfig) -> int:
